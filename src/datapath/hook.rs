@@ -1,0 +1,154 @@
+//! Where a program meets a device: which chain, by tcx or by a clsact filter,
+//! in whose network namespace.
+//!
+//! Owner: the thread that owns `Datapath`. A device in another namespace is
+//! reached from a thread made for it, which ends there: a thread left in the
+//! wrong namespace would poison later work.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
+use nix::sched::{CloneFlags, setns};
+
+use crate::model::AttachMode;
+use crate::sys::bpf::{self, TcxChain};
+
+/// Our filters' place in a clsact chain: fixed, so that a filter is replaced in
+/// place after a restart, and first.
+const PRIORITY: u16 = 1;
+const HANDLE: TcHandle = TcHandle::new(0, 0xfa1);
+
+/// Which side of the pod's link carries the programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// The host side of a veth pair, out of the pod's reach.
+    HostSide,
+    /// The device inside the pod.
+    InPod,
+}
+
+impl From<AttachMode> for Place {
+    fn from(mode: AttachMode) -> Self {
+        match mode {
+            AttachMode::Veth => Place::HostSide,
+            AttachMode::Exclusive => Place::InPod,
+        }
+    }
+}
+
+impl From<Place> for AttachMode {
+    fn from(place: Place) -> Self {
+        match place {
+            Place::HostSide => AttachMode::Veth,
+            Place::InPod => AttachMode::Exclusive,
+        }
+    }
+}
+
+/// As the pod sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    Egress,
+    Ingress,
+}
+
+impl Direction {
+    pub(super) const BOTH: [Direction; 2] = [Direction::Egress, Direction::Ingress];
+}
+
+/// What leaves a pod enters the host side of its link.
+pub(super) fn chain(place: Place, direction: Direction) -> TcxChain {
+    match (place, direction) {
+        (Place::HostSide, Direction::Egress) | (Place::InPod, Direction::Ingress) => TcxChain::Ingress,
+        (Place::HostSide, Direction::Ingress) | (Place::InPod, Direction::Egress) => TcxChain::Egress,
+    }
+}
+
+/// A network device by name, in the caller's namespace or another one.
+#[derive(Clone, Copy, Debug)]
+pub struct Device<'a> {
+    pub name: &'a str,
+    pub netns: Option<BorrowedFd<'a>>,
+}
+
+impl Device<'_> {
+    /// Runs `job` with the device's index, on a thread in the device's namespace.
+    pub(super) fn enter<R: Send>(&self, job: impl FnOnce(u32) -> io::Result<R> + Send) -> io::Result<R> {
+        let here = move || job(nix::net::if_::if_nametoindex(self.name)?);
+        let Some(netns) = self.netns else { return here() };
+        std::thread::scope(|scope| {
+            let inside = move || {
+                setns(netns, CloneFlags::CLONE_NEWNET)?;
+                here()
+            };
+            let thread = std::thread::Builder::new().name("datapath-netns".into()).spawn_scoped(scope, inside)?;
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread in the pod's namespace panicked")))
+        })
+    }
+}
+
+/// Whether this kernel lacks tcx, judging by how it refused a link.
+pub(super) fn no_tcx(refusal: &io::Error) -> bool {
+    // 5.7 to 6.5 do not know the attach type; 5.10 without CONFIG_NET_XGRESS
+    // and kernels before links answer the same.
+    refusal.raw_os_error() == Some(libc::EINVAL)
+}
+
+/// One chain's tcx link, found on the device itself rather than by number alone:
+/// interface indexes repeat across namespaces.
+pub(super) fn tcx_is_on(link: impl AsFd, ifindex: u32, chain: TcxChain) -> io::Result<bool> {
+    let Some(link) = bpf::tcx_link(link)? else { return Ok(false) };
+    Ok(link.chain == chain && bpf::tcx_links_on(ifindex, chain)?.contains(&link.link_id))
+}
+
+pub(super) fn attach_tcx(program: &SchedClassifier, ifindex: u32, chain: TcxChain) -> io::Result<OwnedFd> {
+    let fd = program.fd().map_err(io::Error::other)?;
+    bpf::tcx_attach(fd.as_fd(), ifindex, chain)
+}
+
+/// Puts the program into the device's clsact chain, in the place of our earlier
+/// one if there is one. The filter belongs to the device and goes with it.
+pub(super) fn attach_clsact(program: &mut SchedClassifier, device: &str, chain: TcxChain) -> io::Result<()> {
+    let side = match chain {
+        TcxChain::Ingress => TcAttachType::Ingress,
+        TcxChain::Egress => TcAttachType::Egress,
+    };
+    if let Err(e) = tc::qdisc_add_clsact(device)
+        && errno_of_tc(&e) != Some(libc::EEXIST)
+    {
+        return Err(io::Error::other(e));
+    }
+    let ours = SchedClassifierLink::attached(device, side, PRIORITY, HANDLE, None)?;
+    let link = match program.attach_to_link(ours) {
+        Ok(link) => link,
+        Err(_) => {
+            let place = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+            program.attach_with_options(device, side, TcAttachOptions::Netlink(place)).map_err(errno_first)?
+        }
+    };
+    // The filter must outlive the value, which would detach it when dropped; it
+    // holds no descriptor.
+    std::mem::forget(program.take_link(link).map_err(io::Error::other)?);
+    Ok(())
+}
+
+fn errno_of_tc(e: &TcError) -> Option<i32> {
+    match e {
+        TcError::NetlinkError(e) => e.raw_os_error(),
+        TcError::IoError(e) => e.raw_os_error(),
+        TcError::AlreadyAttached => Some(libc::EEXIST),
+        _ => None,
+    }
+}
+
+fn errno_first(e: ProgramError) -> io::Error {
+    match &e {
+        ProgramError::TcError(tc) => match errno_of_tc(tc) {
+            Some(errno) => io::Error::from_raw_os_error(errno),
+            None => io::Error::other(e),
+        },
+        _ => io::Error::other(e),
+    }
+}
