@@ -266,14 +266,14 @@ impl Datapath {
             let pin = pin_of(&entry.dir, direction);
             let program = programs.get(direction)?;
             if self.via == Via::Tcx {
-                match device.enter(|ifindex| bpf::pin(hook::attach_tcx(program, ifindex, chain)?, &pin)) {
+                match device.enter(|ifindex| bpf::pin(hook::attach_tcx(program, ifindex, chain)?.as_fd(), &pin)) {
                     Ok(()) => continue,
                     Err(e) if hook::no_tcx(&e) && direction == Direction::Egress => self.via = Via::Clsact,
                     Err(e) => return Ok(Err(e)),
                 }
             }
             // Pinned first: a filter without a pin would not be found again.
-            let pinned = program.fd().map_err(io::Error::other).and_then(|fd| bpf::pin(fd, &pin));
+            let pinned = program.fd().map_err(io::Error::other).and_then(|fd| bpf::pin(fd.as_fd(), &pin));
             let done = pinned.and_then(|()| device.enter(|_| hook::attach_clsact(program, device.name, chain)));
             if done.is_err() {
                 return Ok(done);
@@ -334,7 +334,7 @@ impl Datapath {
             let fd = program.fd().map_err(|e| refusal("a loaded program", &e))?;
             match (via, entry.place) {
                 (Via::Tcx, _) => {
-                    bpf::open_pinned(&pin).and_then(|link| bpf::link_update(link, fd.as_fd())).map_err(pins)?
+                    bpf::open_pinned(&pin).and_then(|link| bpf::link_update(link.as_fd(), fd.as_fd())).map_err(pins)?
                 }
                 (Via::Clsact, Place::HostSide) => {
                     fs::remove_file(&pin).and_then(|()| bpf::pin(fd.as_fd(), &pin)).map_err(pins)?;
@@ -379,13 +379,13 @@ fn describe(attachment: &AttachmentId, entry: &Entry) -> Result<Attached, Datapa
     let mut found = [None; 2];
     for (slot, direction) in found.iter_mut().zip(Direction::BOTH) {
         let object = bpf::open_pinned(&pin_of(&entry.dir, direction)).map_err(wrong)?;
-        *slot = match bpf::kind(&object).map_err(wrong)? {
-            bpf::Kind::Link => bpf::tcx_link(&object)
+        *slot = match bpf::kind(object.as_fd()).map_err(wrong)? {
+            bpf::Kind::Link => bpf::tcx_link(object.as_fd())
                 .map_err(wrong)?
                 .filter(|link| link.chain == chain(entry.place, direction))
                 .map(|link| (Via::Tcx, link.ifindex, link.program_id)),
             bpf::Kind::Program => {
-                let program = bpf::program_id(&object).map_err(wrong)?;
+                let program = bpf::program_id(object.as_fd()).map_err(wrong)?;
                 let here = entry.place == Place::HostSide && nix::net::if_::if_indextoname(entry.endpoint).is_ok();
                 Some((Via::Clsact, here.then_some(entry.endpoint), program))
             }
@@ -410,7 +410,8 @@ fn is_on(entry: &Entry, device: Device<'_>) -> io::Result<bool> {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
                 Err(e) => return Err(e),
             };
-            if bpf::kind(&link)? != bpf::Kind::Link || !hook::tcx_is_on(&link, ifindex, chain(entry.place, direction))?
+            if bpf::kind(link.as_fd())? != bpf::Kind::Link
+                || !hook::tcx_is_on(link.as_fd(), ifindex, chain(entry.place, direction))?
             {
                 return Ok(false);
             }
@@ -423,10 +424,10 @@ fn is_on(entry: &Entry, device: Device<'_>) -> io::Result<bool> {
 fn discard(dir: &Path) -> io::Result<()> {
     for direction in Direction::BOTH {
         if let Ok(link) = bpf::open_pinned(&pin_of(dir, direction))
-            && bpf::kind(&link).is_ok_and(|kind| kind == bpf::Kind::Link)
+            && bpf::kind(link.as_fd()).is_ok_and(|kind| kind == bpf::Kind::Link)
         {
             // Fails when the device is gone, and the link is off it by that.
-            let _ = bpf::link_detach(&link);
+            let _ = bpf::link_detach(link.as_fd());
         }
     }
     pins::remove(dir)

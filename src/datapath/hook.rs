@@ -98,7 +98,7 @@ pub(super) fn no_tcx(refusal: &io::Error) -> bool {
 
 /// One chain's tcx link, found on the device itself rather than by number alone:
 /// interface indexes repeat across namespaces.
-pub(super) fn tcx_is_on(link: impl AsFd, ifindex: u32, chain: TcxChain) -> io::Result<bool> {
+pub(super) fn tcx_is_on(link: BorrowedFd<'_>, ifindex: u32, chain: TcxChain) -> io::Result<bool> {
     let Some(link) = bpf::tcx_link(link)? else { return Ok(false) };
     Ok(link.chain == chain && bpf::tcx_links_on(ifindex, chain)?.contains(&link.link_id))
 }

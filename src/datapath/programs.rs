@@ -6,6 +6,7 @@
 //! object's own maps with the same table after loading.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use aya::maps::{MapInfo, MapType, PerCpuHashMap};
@@ -71,7 +72,7 @@ impl MapSpec {
             // A directory, say.
             Err(e) => return Ok(Some(format!("{}: {e}", self.name))),
         };
-        match bpf::kind(&pinned)? {
+        match bpf::kind(pinned.as_fd())? {
             bpf::Kind::Map => Ok(self.mismatch(&MapInfo::from_pin(path).map_err(io::Error::other)?)),
             other => Ok(Some(format!("{}: a {other:?} instead of a map", self.name))),
         }

@@ -6,7 +6,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
@@ -139,8 +139,8 @@ unsafe fn bpf_fd<A>(command: libc::c_long, attr: &mut A) -> io::Result<OwnedFd> 
     unsafe { bpf(command, attr).map(|fd| OwnedFd::from_raw_fd(fd)) }
 }
 
-fn raw(fd: impl AsFd) -> u32 {
-    fd.as_fd().as_raw_fd() as u32
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd() as u32
 }
 
 /// Opens whatever is pinned at `path`.
@@ -152,7 +152,7 @@ pub fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Pins `object` at `path`, which must not exist.
-pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
+pub fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = ObjAttr { pathname: path.as_ptr() as u64, fd: raw(object), file_flags: 0 };
     // SAFETY: `path` is a C string that outlives the call; OBJ_PIN only reads it.
@@ -160,7 +160,7 @@ pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
 }
 
 /// What kind of object `fd` is.
-pub fn kind(fd: impl AsFd) -> io::Result<Kind> {
+pub fn kind(fd: BorrowedFd<'_>) -> io::Result<Kind> {
     let target = std::fs::read_link(format!("/proc/self/fd/{}", raw(fd)))?;
     Ok(match target.to_str() {
         Some("anon_inode:bpf-map") => Kind::Map,
@@ -173,7 +173,7 @@ pub fn kind(fd: impl AsFd) -> io::Result<Kind> {
 /// Attaches a program at the head of a device's chain. The program stays
 /// attached while the descriptor is open or pinned. Fails with EINVAL on kernels
 /// without tcx (before 6.6).
-pub fn tcx_attach(program: impl AsFd, ifindex: u32, chain: TcxChain) -> io::Result<OwnedFd> {
+pub fn tcx_attach(program: BorrowedFd<'_>, ifindex: u32, chain: TcxChain) -> io::Result<OwnedFd> {
     let mut attr = LinkCreateAttr {
         prog_fd: raw(program),
         ifindex,
@@ -186,7 +186,7 @@ pub fn tcx_attach(program: impl AsFd, ifindex: u32, chain: TcxChain) -> io::Resu
 }
 
 /// Swaps the program behind a link, atomically.
-pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
+pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = LinkUpdateAttr { link_fd: raw(link), new_prog_fd: raw(program), ..Default::default() };
     // SAFETY: no pointers in it.
     unsafe { bpf(LINK_UPDATE, &mut attr) }.map(drop)
@@ -194,14 +194,14 @@ pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
 
 /// Takes the program off its device now, whoever else holds the link. A pinned
 /// link's own removal is deferred by the kernel.
-pub fn link_detach(link: impl AsFd) -> io::Result<()> {
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = LinkDetachAttr { link_fd: raw(link) };
     // SAFETY: no pointers in it.
     unsafe { bpf(LINK_DETACH, &mut attr) }.map(drop)
 }
 
 /// Describes a tcx link; `None` when `link` is a link of another type.
-pub fn tcx_link(link: impl AsFd) -> io::Result<Option<TcxLink>> {
+pub fn tcx_link(link: BorrowedFd<'_>) -> io::Result<Option<TcxLink>> {
     let mut info = LinkInfo::default();
     let mut attr =
         InfoAttr { fd: raw(link), info_len: size_of::<LinkInfo>() as u32, info: std::ptr::from_mut(&mut info) as u64 };
@@ -222,7 +222,7 @@ pub fn tcx_link(link: impl AsFd) -> io::Result<Option<TcxLink>> {
 }
 
 /// The kernel's id of a program.
-pub fn program_id(program: impl AsFd) -> io::Result<u32> {
+pub fn program_id(program: BorrowedFd<'_>) -> io::Result<u32> {
     // `struct bpf_prog_info` begins with type and id.
     let mut info = [0u32; 2];
     let mut attr = InfoAttr { fd: raw(program), info_len: size_of_val(&info) as u32, info: info.as_mut_ptr() as u64 };
