@@ -11,6 +11,7 @@
 //! - A pinned map is used only if its type and sizes are those of this build.
 //! - The pins are the memory: nothing here is known that they do not say.
 
+mod clsact;
 mod hook;
 mod pins;
 mod programs;
@@ -171,7 +172,6 @@ impl Datapath {
             |cause| DatapathError::Attach { attachment: attachment.clone(), device: device.name.to_owned(), cause };
         if let Some(entry) = self.known.get(attachment)
             && entry.place == place
-            && self.via == Via::Tcx
             && is_on(entry, device).map_err(fail)?
         {
             return Ok(());
@@ -266,15 +266,18 @@ impl Datapath {
             let pin = pin_of(&entry.dir, direction);
             let program = programs.get(direction)?;
             if self.via == Via::Tcx {
-                match device.enter(|ifindex| bpf::pin(hook::attach_tcx(program, ifindex, chain)?.as_fd(), &pin)) {
-                    Ok(()) => continue,
+                match device.enter(|ifindex| hook::attach_tcx(program, ifindex, chain)) {
+                    Ok(link) => match bpf::pin(link.as_fd(), &pin) {
+                        Ok(()) => continue,
+                        Err(e) => return Ok(Err(e)),
+                    },
                     Err(e) if hook::no_tcx(&e) && direction == Direction::Egress => self.via = Via::Clsact,
                     Err(e) => return Ok(Err(e)),
                 }
             }
             // Pinned first: a filter without a pin would not be found again.
             let pinned = program.fd().map_err(io::Error::other).and_then(|fd| bpf::pin(fd.as_fd(), &pin));
-            let done = pinned.and_then(|()| device.enter(|_| hook::attach_clsact(program, device.name, chain)));
+            let done = pinned.and_then(|()| device.enter(|_| clsact::attach(program, device.name, chain)));
             if done.is_err() {
                 return Ok(done);
             }
@@ -340,7 +343,7 @@ impl Datapath {
                     fs::remove_file(&pin).and_then(|()| bpf::pin(fd.as_fd(), &pin)).map_err(pins)?;
                     let device = nix::net::if_::if_indextoname(entry.endpoint).map_err(|e| pins(e.into()))?;
                     let device = device.to_string_lossy().into_owned();
-                    hook::attach_clsact(program, &device, chain(entry.place, direction)).map_err(pins)?;
+                    clsact::attach(program, &device, chain(entry.place, direction)).map_err(pins)?;
                 }
                 (Via::Clsact, Place::InPod) => {}
             }
@@ -401,18 +404,22 @@ fn describe(attachment: &AttachmentId, entry: &Entry) -> Result<Attached, Datapa
     }
 }
 
-/// Whether an attachment's links are on this very device.
+/// Whether an attachment's programs are on this very device.
 fn is_on(entry: &Entry, device: Device<'_>) -> io::Result<bool> {
     device.enter(|ifindex| {
         for direction in Direction::BOTH {
-            let link = match bpf::open_pinned(&pin_of(&entry.dir, direction)) {
-                Ok(link) => link,
+            let chain = chain(entry.place, direction);
+            let object = match bpf::open_pinned(&pin_of(&entry.dir, direction)) {
+                Ok(object) => object,
                 Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
                 Err(e) => return Err(e),
             };
-            if bpf::kind(link.as_fd())? != bpf::Kind::Link
-                || !hook::tcx_is_on(link.as_fd(), ifindex, chain(entry.place, direction))?
-            {
+            let on = match bpf::kind(object.as_fd())? {
+                bpf::Kind::Link => hook::tcx_is_on(object.as_fd(), ifindex, chain)?,
+                bpf::Kind::Program => clsact::program_on(ifindex, chain)? == Some(bpf::program_id(object.as_fd())?),
+                _ => false,
+            };
+            if !on {
                 return Ok(false);
             }
         }

@@ -187,7 +187,6 @@ fn tcx_count(device: &str) -> usize {
 
 /// False, and counted as skipped, on kernels before 6.6.
 fn has_tcx(test: &str, datapath: &Datapath) -> bool {
-
     if !datapath.moves_with_device() {
         skipped(test, "tcx (kernel 6.6)");
     }
@@ -300,6 +299,8 @@ fn clsact_counts_where_the_kernel_has_no_tcx() {
     let pod = veth_pod("h0");
     datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
     exchange(&pod, 3, 4, 50);
+    // A retried ADD finds it done.
+    datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
     assert_eq!(counters(&datapath, "a"), udp(3, 4, 50));
     assert_eq!(datapath.attached().unwrap().first().unwrap().via, Via::Clsact);
 
@@ -309,6 +310,13 @@ fn clsact_counts_where_the_kernel_has_no_tcx() {
     assert_eq!(adoption.adopted, [attachment("a")]);
     exchange(&pod, 1, 1, 50);
     assert_eq!(counters(&datapath, "a"), udp(4, 5, 50));
+
+    assert!(datapath.verify(&attachment("a"), here("h0")).unwrap());
+    ip("link add other type veth peer name peer");
+    assert!(!datapath.verify(&attachment("a"), here("other")).unwrap());
+    // What `tc qdisc del dev h0 clsact` does.
+    Command::new("tc").args(["qdisc", "del", "dev", "h0", "clsact"]).status().unwrap();
+    assert!(!datapath.verify(&attachment("a"), here("h0")).unwrap());
 }
 
 #[test]

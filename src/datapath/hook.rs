@@ -1,5 +1,5 @@
-//! Where a program meets a device: which chain, by tcx or by a clsact filter,
-//! in whose network namespace.
+//! Where a program meets a device: which chain, in whose network namespace, and
+//! attaching by tcx. The older way is `clsact`.
 //!
 //! Owner: the thread that owns `Datapath`. A device in another namespace is
 //! reached from a thread made for it, which ends there: a thread left in the
@@ -8,17 +8,11 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
-use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::SchedClassifier;
 use nix::sched::{CloneFlags, setns};
 
 use crate::model::AttachMode;
 use crate::sys::bpf::{self, TcxChain};
-
-/// Our filters' place in a clsact chain: fixed, so that a filter is replaced in
-/// place after a restart, and first.
-const PRIORITY: u16 = 1;
-const HANDLE: TcHandle = TcHandle::new(0, 0xfa1);
 
 /// Which side of the pod's link carries the programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,49 +100,4 @@ pub(super) fn tcx_is_on(link: BorrowedFd<'_>, ifindex: u32, chain: TcxChain) -> 
 pub(super) fn attach_tcx(program: &SchedClassifier, ifindex: u32, chain: TcxChain) -> io::Result<OwnedFd> {
     let fd = program.fd().map_err(io::Error::other)?;
     bpf::tcx_attach(fd.as_fd(), ifindex, chain)
-}
-
-/// Puts the program into the device's clsact chain, in the place of our earlier
-/// one if there is one. The filter belongs to the device and goes with it.
-pub(super) fn attach_clsact(program: &mut SchedClassifier, device: &str, chain: TcxChain) -> io::Result<()> {
-    let side = match chain {
-        TcxChain::Ingress => TcAttachType::Ingress,
-        TcxChain::Egress => TcAttachType::Egress,
-    };
-    if let Err(e) = tc::qdisc_add_clsact(device)
-        && errno_of_tc(&e) != Some(libc::EEXIST)
-    {
-        return Err(io::Error::other(e));
-    }
-    let ours = SchedClassifierLink::attached(device, side, PRIORITY, HANDLE, None)?;
-    let link = match program.attach_to_link(ours) {
-        Ok(link) => link,
-        Err(_) => {
-            let place = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
-            program.attach_with_options(device, side, TcAttachOptions::Netlink(place)).map_err(errno_first)?
-        }
-    };
-    // The filter must outlive the value, which would detach it when dropped; it
-    // holds no descriptor.
-    std::mem::forget(program.take_link(link).map_err(io::Error::other)?);
-    Ok(())
-}
-
-fn errno_of_tc(e: &TcError) -> Option<i32> {
-    match e {
-        TcError::NetlinkError(e) => e.raw_os_error(),
-        TcError::IoError(e) => e.raw_os_error(),
-        TcError::AlreadyAttached => Some(libc::EEXIST),
-        _ => None,
-    }
-}
-
-fn errno_first(e: ProgramError) -> io::Error {
-    match &e {
-        ProgramError::TcError(tc) => match errno_of_tc(tc) {
-            Some(errno) => io::Error::from_raw_os_error(errno),
-            None => io::Error::other(e),
-        },
-        _ => io::Error::other(e),
-    }
 }
