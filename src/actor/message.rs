@@ -103,10 +103,13 @@ impl<M: Message> Responder<M> {
     pub fn abandoned(&self) -> bool {
         self.reply.is_closed() || self.deadline.passed()
     }
-    pub fn answer(mut self, result: Result<M::Reply, M::Error>) {
-        self.ticket.finish(if result.is_ok() { "ok" } else { "error" });
-        // A caller that no longer waits is not an error.
-        let _ = self.reply.send(result);
+    pub fn answer(self, result: Result<M::Reply, M::Error>) {
+        let Self { reply, mut ticket, .. } = self;
+        ticket.finish(if result.is_ok() { "ok" } else { "error" });
+        // The permit is back before the caller knows, so that who asks one after
+        // the other is never refused. A caller that no longer waits is no error.
+        drop(ticket);
+        let _ = reply.send(result);
     }
     pub fn ok(self, reply: M::Reply) {
         self.answer(Ok(reply));
