@@ -1,5 +1,6 @@
 //! The debug endpoint tells exactly what the actors are doing: one is flooded,
 //! one wedged, one panics, and the page and the probes say so.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

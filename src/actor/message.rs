@@ -77,17 +77,19 @@ impl<E> AskError<E> {
     }
 }
 
+type Answered<M> = Result<<M as Message>::Reply, <M as Message>::Error>;
+
 /// The way back to the caller. Holds the mailbox permit: the request counts as
 /// in work until this is answered or dropped.
 pub struct Responder<M: Message> {
     deadline: Deadline,
     span: Span,
-    reply: oneshot::Sender<Result<M::Reply, M::Error>>,
+    reply: oneshot::Sender<Answered<M>>,
     ticket: Ticket,
 }
 
 impl<M: Message> Responder<M> {
-    pub(super) fn new(deadline: Deadline, ticket: Ticket) -> (Self, oneshot::Receiver<Result<M::Reply, M::Error>>) {
+    pub(super) fn new(deadline: Deadline, ticket: Ticket) -> (Self, oneshot::Receiver<Answered<M>>) {
         let (reply, answer) = oneshot::channel();
         (Self { deadline, span: Span::current(), reply, ticket }, answer)
     }

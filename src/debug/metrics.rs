@@ -29,7 +29,8 @@ struct Actors(Vec<ActorSnapshot>);
 
 impl Collector for Actors {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let gauges: [(&str, &str, fn(&ActorSnapshot) -> i64); 4] = [
+        type Read = fn(&ActorSnapshot) -> i64;
+        let gauges: [(&str, &str, Read); 4] = [
             ("actor_running", "1 when the actor runs", |a| i64::from(a.state == ActorState::Running)),
             ("actor_mailbox_depth", "Requests waiting or in work", |a| a.depth as i64),
             ("actor_mailbox_capacity", "Requests that may wait or be in work", |a| a.capacity as i64),
@@ -93,7 +94,6 @@ impl Collector for Process {
         let mut family =
             encoder.encode_descriptor("build_info", "Always 1; the labels say what runs", None, MetricType::Gauge)?;
         ConstGauge::new(1i64).encode(family.encode_family(&info)?)?;
-        drop(family);
         if let Some(bytes) = resident_bytes() {
             let help = "Resident memory of the agent";
             let family =
