@@ -53,6 +53,8 @@ fn join<R>(thread: JoinHandle<io::Result<R>>) -> io::Result<R> {
     thread.join().unwrap_or_else(|_| Err(io::Error::other("the traffic thread panicked")))
 }
 
+type Body = Box<dyn FnOnce(&AtomicBool) -> io::Result<()> + Send>;
+
 /// The answering side, inside one namespace, until dropped.
 pub struct Server {
     stop: Arc<AtomicBool>,
@@ -74,11 +76,11 @@ impl Server {
         let sunk = Arc::new(AtomicU64::new(0));
         let packets = Arc::new(AtomicU64::new(0));
         let mut threads = Vec::new();
-        let mut run = |f: Box<dyn FnOnce(&AtomicBool) -> io::Result<()> + Send>| {
+        let mut run = |f: Body| {
             let stop = stop.clone();
             threads.push(in_namespace(namespace, Some(SERVER_CORE), move || f(&stop)));
         };
-        run(Box::new(move |stop| accept(&tcp_echo, stop, |stream, stop| echo_stream(stream, stop))));
+        run(Box::new(move |stop| accept(&tcp_echo, stop, echo_stream)));
         run(Box::new(move |stop| echo_datagrams(&udp_echo, stop)));
         run(Box::new({
             let sunk = sunk.clone();
