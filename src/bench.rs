@@ -1,4 +1,5 @@
 //! `fairway bench`: comparisons on one machine in one run, as ratios.
 
+pub mod overlay;
 pub mod stats;
 pub mod traffic;
