@@ -1,5 +1,7 @@
 //! `fairway status` and `fairway trace`: the debug endpoint for a terminal.
 
+pub mod client;
+
 /// Lines as a table: columns padded to their widest cell, two spaces between,
 /// the first line a heading.
 pub fn columns(lines: &[Vec<String>]) -> String {
