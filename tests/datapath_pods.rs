@@ -3,6 +3,7 @@
 //!
 //! Each test has network namespaces and a BPF file system of its own, made on
 //! its thread and gone with it: nothing has a name, nothing is left behind.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
