@@ -1,1 +1,3 @@
-//! To be written.
+//! CniServer.
+pub mod spool;
+pub mod wire;
