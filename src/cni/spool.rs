@@ -60,9 +60,21 @@ pub fn parse_name(name: &str) -> Option<(&str, &str)> {
     ok.then_some((id, ifname))
 }
 
+/// Make the folder, and make sure it survives a crash of the machine.
+pub fn prepare(dir: &Path) -> io::Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    match dir.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
 /// Make the release durable. Returns once it is on disk.
 pub fn store(dir: &Path, entry: &Entry) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    prepare(dir)?;
     let name = file_name(&entry.container_id, &entry.ifname);
     let path = dir.join(&name);
     if !path.exists() && fs::read_dir(dir)?.take(MAX_ENTRIES + 1).count() > MAX_ENTRIES {
