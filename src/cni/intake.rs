@@ -6,14 +6,14 @@
 //! actors up.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
 
 use super::conversation::Desk;
 use super::errors::Unreleased;
@@ -108,7 +108,7 @@ struct Left {
 }
 
 async fn look(desk: &Arc<Desk>) -> io::Result<Left> {
-    desk.spool.call(|dir| spool::sweep(dir, DRAFT_AGE)).await?;
+    desk.spool.call(|dir| std::fs::metadata(dir).and_then(|_| spool::sweep(dir, DRAFT_AGE))).await?;
     let waiting = desk.spool.waiting().await?;
     let mut left = Left::default();
     let mut work = futures::stream::iter(waiting).map(|id| one(desk.clone(), id)).buffer_unordered(PARALLEL);
@@ -133,49 +133,27 @@ async fn one(desk: Arc<Desk>, id: AttachmentId) -> (AttachmentId, Result<(), Unr
     (id, done)
 }
 
-/// The kernel's word that a file has appeared.
+/// The kernel's word that a file has appeared, or that the folder is gone.
 struct Announced {
-    fd: AsyncFd<Fd>,
-    dir: PathBuf,
-}
-
-struct Fd(Inotify);
-
-impl AsFd for Fd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-impl AsRawFd for Fd {
-    fn as_raw_fd(&self) -> RawFd {
-        self.as_fd().as_raw_fd()
-    }
+    // An inotify descriptor is read like a pipe, and tokio has a safe type for
+    // these. Its events need not be parsed: each one is a reason to look.
+    events: pipe::Receiver,
 }
 
 impl Announced {
     fn watch(dir: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         inotify.add_watch(dir, AddWatchFlags::IN_MOVED_TO)?;
-        Ok(Self { fd: AsyncFd::register(Fd(inotify))?, dir: dir.to_owned() })
+        let fd = inotify.as_fd().try_clone_to_owned()?;
+        Ok(Self { events: pipe::Receiver::from_owned_fd_unchecked(fd)? })
     }
 
     fn clear(&mut self) {
-        while self.fd.get_ref().0.read_events().is_ok_and(|events| !events.is_empty()) {}
+        let mut events = [0; 4096];
+        while self.events.try_read(&mut events).is_ok_and(|n| n > 0) {}
     }
 
     async fn next(&mut self) -> io::Result<()> {
-        let mut ready = self.fd.readable().await?;
-        match self.fd.get_ref().0.read_events() {
-            Err(nix::errno::Errno::EAGAIN) => ready.clear_ready(),
-            Err(e) => return Err(e.into()),
-            Ok(events) => {
-                let gone = events.iter().any(|e| e.mask.contains(AddWatchFlags::IN_IGNORED));
-                if gone {
-                    return Err(io::Error::other(format!("the spool {} was removed", self.dir.display())));
-                }
-            }
-        }
-        Ok(())
+        self.events.readable().await
     }
 }
