@@ -67,7 +67,8 @@ impl Desk {
 
         let pod = call.pod.key().unwrap_or_else(|| PodKey::new("", id.sandbox.as_str()));
         let known = self.pod_info(&pod, call.pod.uid.as_deref()).await;
-        let about = About::Pod { key: pod.clone(), uid: call.pod.uid.clone().or(known.as_ref().map(|k| k.uid.clone())) };
+        let about =
+            About::Pod { key: pod.clone(), uid: call.pod.uid.clone().or(known.as_ref().map(|k| k.uid.clone())) };
         let wired = match self.wishes(&call, known.as_deref()) {
             Err(e) => Err(e),
             Ok(wishes) => self.lease_and_wire(&call, &id, pod, wishes, steps, deadline).await,
@@ -113,7 +114,8 @@ impl Desk {
         let done = async {
             let lease = allocated.map_err(|e| cni("no address for the pod", e))?;
             let wire = Wire { lease: lease.clone() };
-            let wired = self.ports.wire.ask(wire, steps).await.map_err(|e| cni("the pod's network cannot be set up", e))?;
+            let wired =
+                self.ports.wire.ask(wire, steps).await.map_err(|e| cni("the pod's network cannot be set up", e))?;
             let result = CniResult::of(&lease, &wired);
             let result = match call.config.previous.clone() {
                 Some(previous) => result.after(previous)?,

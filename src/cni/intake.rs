@@ -6,7 +6,7 @@
 //! actors up.
 
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,7 +51,10 @@ impl SpoolWorker {
         Ok(Self { worker: worker.map_err(why)?, dir })
     }
 
-    async fn call<R: Send + 'static>(&self, job: impl FnOnce(&Path) -> io::Result<R> + Send + 'static) -> io::Result<R> {
+    async fn call<R: Send + 'static>(
+        &self,
+        job: impl FnOnce(&Path) -> io::Result<R> + Send + 'static,
+    ) -> io::Result<R> {
         let done = self.worker.call(move |dir| job(dir)).await;
         done.map_err(|gone: WorkerGone| io::Error::other(gone))?
     }
@@ -69,7 +72,9 @@ impl SpoolWorker {
     async fn waiting(&self) -> io::Result<Vec<AttachmentId>> {
         let names = self.call(spool::list).await?;
         let parsed = names.iter().filter_map(|name| spool::parse_name(name));
-        Ok(parsed.map(|(id, ifname)| AttachmentId { sandbox: SandboxId::from(id), ifname: ifname.to_owned() }).collect())
+        Ok(parsed
+            .map(|(id, ifname)| AttachmentId { sandbox: SandboxId::from(id), ifname: ifname.to_owned() })
+            .collect())
     }
 }
 
@@ -144,7 +149,7 @@ impl Announced {
     fn watch(dir: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
         inotify.add_watch(dir, AddWatchFlags::IN_MOVED_TO)?;
-        let fd = inotify.as_fd().try_clone_to_owned()?;
+        let fd = OwnedFd::from(inotify);
         Ok(Self { events: pipe::Receiver::from_owned_fd_unchecked(fd)? })
     }
 

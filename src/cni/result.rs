@@ -160,6 +160,9 @@ impl CniResult {
     /// Read a `prevResult`.
     pub fn read(value: &Value) -> Result<Self, CniError> {
         let bad = |why: String| CniError::new(code::DECODE, "prevResult is not a CNI result").remedy(why);
+        if !value.is_object() {
+            return Err(bad("it is not a JSON object".into()));
+        }
         let result = Self::deserialize(value).map_err(|e| bad(e.to_string()))?;
         let count = result.interfaces.len();
         match result.ips.iter().find_map(|ip| ip.interface.filter(|i| *i >= count)) {
@@ -190,7 +193,12 @@ impl CniResult {
     pub fn limited_to(mut self, version: Version) -> Self {
         if version < Version::V1_1_0 {
             for i in &mut self.interfaces {
-                *i = Interface { name: i.name.clone(), mac: i.mac.clone(), sandbox: i.sandbox.clone(), ..<_>::default() };
+                *i = Interface {
+                    name: i.name.clone(),
+                    mac: i.mac.clone(),
+                    sandbox: i.sandbox.clone(),
+                    ..<_>::default()
+                };
             }
             for r in &mut self.routes {
                 *r = Route { mtu: None, advmss: None, priority: None, table: None, scope: None, ..r.clone() };

@@ -107,7 +107,8 @@ fn out_of_files(e: &io::Error) -> bool {
 
 /// A word and no more: a flood must not cost a task each.
 fn refuse(stream: &UnixStream) {
-    let busy = CniError::new(code::TRY_AGAIN, "the fairway agent is busy with as many calls as it accepts, try again later");
+    let busy =
+        CniError::new(code::TRY_AGAIN, "the fairway agent is busy with as many calls as it accepts, try again later");
     if let Ok(frame) = wire::frame(&Response::Failed(busy)) {
         let _ = stream.try_write(&frame);
     }
@@ -122,9 +123,11 @@ async fn converse(mut stream: UnixStream, desk: Arc<Desk>, stats: Arc<Stats>) {
             Response::Failed(e.in_version(""))
         }
         Ok(request) => {
-            let pod = PodArgs::parse(&request.args).ok().and_then(|p| p.key()).map(|k| k.to_string()).unwrap_or_default();
+            let pod =
+                PodArgs::parse(&request.args).ok().and_then(|p| p.key()).map(|k| k.to_string()).unwrap_or_default();
             let name = request.command.name();
-            let span = tracing::info_span!("cni", command = name, container = %wire::clip(&request.container_id), pod = %pod);
+            let span =
+                tracing::info_span!("cni", command = name, container = %wire::clip(&request.container_id), pod = %pod);
             let open = stats.open(request.command, &pod, wire::clip(&request.container_id));
             let result = answer(request, &desk, began).instrument(span.clone()).await;
             open.close(result.as_ref().err());
@@ -149,7 +152,8 @@ async fn converse(mut stream: UnixStream, desk: Arc<Desk>, stats: Arc<Stats>) {
 
 /// Who it is, and what they ask.
 async fn admit(stream: &mut UnixStream, uids: &[u32]) -> Result<Request, CniError> {
-    let peer = stream.peer_cred().map_err(|e| CniError::new(code::IO, format!("who is calling cannot be told: {e}")))?;
+    let peer =
+        stream.peer_cred().map_err(|e| CniError::new(code::IO, format!("who is calling cannot be told: {e}")))?;
     if !uids.contains(&peer.uid()) {
         let msg = format!("user {} may not use the CNI socket", peer.uid());
         return Err(CniError::new(code::IO, msg).remedy("container runtimes call it as root"));
@@ -180,6 +184,7 @@ async fn read_frame(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
 async fn answer(request: Request, desk: &Desk, began: Instant) -> Result<Option<serde_json::Value>, CniError> {
     let call = Call::parse(&request)?;
     let version = call.version.name();
-    let budget = Duration::from_millis(request.budget_ms).min(MAX_BUDGET).saturating_sub(began.elapsed() + REPLY_RESERVE);
+    let budget =
+        Duration::from_millis(request.budget_ms).min(MAX_BUDGET).saturating_sub(began.elapsed() + REPLY_RESERVE);
     desk.answer(call, Deadline::after(budget)).await.map_err(|e| e.in_version(version))
 }

@@ -92,7 +92,8 @@ impl Call {
     pub fn parse(request: &Request) -> Result<Self, CniError> {
         if request.wire != WIRE_VERSION {
             let msg = format!("the CNI shim speaks envelope {}, the agent {WIRE_VERSION}", request.wire);
-            let remedy = "shim and agent are of different releases; the agent's pod installs its own shim when it starts";
+            let remedy =
+                "shim and agent are of different releases; the agent's pod installs its own shim when it starts";
             return Err(CniError::new(code::TRY_AGAIN, msg).remedy(remedy));
         }
         if !request.config.is_object() {
@@ -165,7 +166,8 @@ fn previous(config: &Value) -> Result<Option<CniResult>, CniError> {
 }
 
 fn string_map(value: &Value) -> Result<BTreeMap<String, String>, CniError> {
-    let bad = || invalid(format!("runtimeConfig {POD_ANNOTATIONS:?} is not a map of strings"), "the runtime fills it in");
+    let bad =
+        || invalid(format!("runtimeConfig {POD_ANNOTATIONS:?} is not a map of strings"), "the runtime fills it in");
     let map = value.as_object().ok_or_else(bad)?;
     map.iter().map(|(k, v)| Ok((k.clone(), v.as_str().ok_or_else(bad)?.to_owned()))).collect()
 }

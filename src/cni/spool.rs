@@ -163,3 +163,64 @@ pub fn sweep(dir: &Path, older_than: std::time::Duration) -> io::Result<usize> {
     }
     Ok(removed)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str) -> Entry {
+        Entry {
+            wire: WIRE_VERSION,
+            container_id: id.into(),
+            ifname: "eth0".into(),
+            netns: "/n".into(),
+            args: "A=b".into(),
+        }
+    }
+
+    #[test]
+    fn what_is_stored_is_listed_loaded_and_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let spool = dir.path().join("a/b");
+        store(&spool, &entry("c1")).unwrap();
+        store(&spool, &entry("c1")).unwrap();
+        assert_eq!(list(&spool).unwrap(), ["c1@eth0.del"]);
+        assert_eq!(load(&spool, "c1@eth0.del").unwrap(), Some(entry("c1")));
+        remove(&spool, "c1", "eth0").unwrap();
+        remove(&spool, "c1", "eth0").unwrap();
+        assert!(list(&spool).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_release_survives_a_damaged_file() {
+        let dir = tempfile::tempdir().unwrap();
+        for bytes in [&b""[..], b"{", b"\xff\xff", b"{\"container_id\":\"other\"}"] {
+            fs::write(dir.path().join("c1@eth0.del"), bytes).unwrap();
+            let read = load(dir.path(), "c1@eth0.del").unwrap().unwrap();
+            assert_eq!((read.container_id.as_str(), read.ifname.as_str()), ("c1", "eth0"));
+        }
+    }
+
+    #[test]
+    fn what_a_killed_shim_left_is_not_a_release_and_is_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(".77.c1@eth0.del"), b"{").unwrap();
+        fs::write(dir.path().join("readme"), b"").unwrap();
+        fs::write(dir.path().join("..@eth0.del"), b"").unwrap();
+        assert!(list(dir.path()).unwrap().is_empty());
+        assert_eq!(sweep(dir.path(), std::time::Duration::from_secs(60)).unwrap(), 0, "its writer may live");
+        assert_eq!(sweep(dir.path(), std::time::Duration::ZERO).unwrap(), 2);
+        assert!(dir.path().join("readme").exists());
+    }
+
+    #[test]
+    fn a_full_spool_refuses_and_keeps_what_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        for n in 0..=MAX_ENTRIES {
+            fs::write(dir.path().join(file_name(&format!("c{n}"), "eth0")), b"").unwrap();
+        }
+        assert!(store(dir.path(), &entry("one-more")).is_err());
+        assert!(store(dir.path(), &entry("c7")).is_ok(), "one that waits already may come again");
+        assert_eq!(list(dir.path()).unwrap().len(), MAX_ENTRIES + 1);
+    }
+}

@@ -317,3 +317,59 @@ fn receive(stream: &mut impl Read) -> io::Result<Response> {
     }
     Ok(serde_json::from_slice(&body)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Pipe(io::Cursor<Vec<u8>>);
+    impl Read for Pipe {
+        fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+            self.0.read(out)
+        }
+    }
+    impl Write for Pipe {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn request() -> Request {
+        Request {
+            wire: WIRE_VERSION,
+            command: Command::Gc,
+            container_id: String::new(),
+            netns: String::new(),
+            ifname: String::new(),
+            args: String::new(),
+            budget_ms: 5,
+            config: Value::Null,
+        }
+    }
+
+    #[test]
+    fn an_answer_given_before_the_request_was_read_is_still_seen() {
+        let early = Response::Failed(CniError::new(code::TRY_AGAIN, "busy"));
+        let mut pipe = Pipe(io::Cursor::new(frame(&early).unwrap()));
+        assert_eq!(converse(&mut pipe, &request()).unwrap(), early);
+    }
+
+    #[test]
+    fn lengths_are_bounded_before_anything_is_read() {
+        assert!(body_len([0; 4]).is_err());
+        assert!(body_len([0xff; 4]).is_err());
+        assert_eq!(body_len((MAX_FRAME as u32).to_be_bytes()).unwrap(), MAX_FRAME);
+    }
+
+    #[test]
+    fn a_frame_cut_short_is_an_error() {
+        let whole = frame(&Response::Done(None)).unwrap();
+        for cut in 0..whole.len() {
+            let mut pipe = Pipe(io::Cursor::new(whole[..cut].to_vec()));
+            assert!(converse(&mut pipe, &request()).is_err());
+        }
+    }
+}

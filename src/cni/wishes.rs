@@ -86,7 +86,8 @@ fn mode(kind: &str, value: &str) -> Result<AttachMode, CniError> {
 fn runtime_bandwidth(value: &Value) -> Result<Bandwidth, CniError> {
     let bad = |what: &str, value: &Value| {
         let msg = format!("invalid network configuration: runtimeConfig.{what} is {}", brief(value));
-        CniError::new(code::INVALID_CONFIG, msg).remedy("it is a number of bits per second, from 1000 on, 0 for no limit")
+        CniError::new(code::INVALID_CONFIG, msg)
+            .remedy("it is a number of bits per second, from 1000 on, 0 for no limit")
     };
     let map = value.as_object().ok_or_else(|| bad("bandwidth", value))?;
     let one = |name: &str| {
@@ -104,7 +105,9 @@ fn runtime_bandwidth(value: &Value) -> Result<Bandwidth, CniError> {
 fn rate(annotation: &str, value: &str) -> Result<u64, CniError> {
     let want = "a Kubernetes quantity of bits per second between 1k and 1P, such as 10M";
     let whole = quantity(value).filter(|bps| (MIN_RATE..=MAX_RATE).contains(bps));
-    whole.and_then(|bps| u64::try_from(bps).ok()).ok_or_else(|| refuse(&format!("annotation {annotation}"), value, want))
+    whole
+        .and_then(|bps| u64::try_from(bps).ok())
+        .ok_or_else(|| refuse(&format!("annotation {annotation}"), value, want))
 }
 
 /// A Kubernetes quantity, rounded up to a whole number. `None` when it is not
