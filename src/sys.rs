@@ -1,1 +1,3 @@
-//! To be written.
+//! The only unsafe code and raw system calls.
+
+pub mod lab_exec;
