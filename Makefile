@@ -35,8 +35,8 @@ lint:
 	cargo fmt --check
 	cargo fmt --check --manifest-path ebpf/Cargo.toml
 	cargo clippy --workspace --all-targets --locked -- -D warnings
-	cargo deny --offline --log-level error check licenses bans sources
-	cargo deny --offline --log-level error --manifest-path ebpf/Cargo.toml check --config deny.toml licenses bans sources
+	cargo deny --locked --log-level error check licenses bans sources
+	cargo deny --locked --log-level error --config deny.toml --manifest-path ebpf/Cargo.toml check licenses bans sources
 
 bench:
 	@scripts/setup.sh bench
