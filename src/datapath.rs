@@ -168,8 +168,7 @@ impl Datapath {
         device: Device<'_>,
     ) -> Result<(), DatapathError> {
         let place = Place::from(mode);
-        let fail =
-            |cause| DatapathError::Attach { attachment: attachment.clone(), device: device.name.to_owned(), cause };
+        let fail = |cause| DatapathError::Attach { attachment: attachment.clone(), device: device.to_string(), cause };
         if let Some(entry) = self.known.get(attachment)
             && entry.place == place
             && is_on(entry, device).map_err(fail)?
@@ -224,7 +223,7 @@ impl Datapath {
         let Some(entry) = self.known.get(attachment) else { return Ok(false) };
         is_on(entry, device).map_err(|cause| DatapathError::Attach {
             attachment: attachment.clone(),
-            device: device.name.to_owned(),
+            device: device.to_string(),
             cause,
         })
     }
@@ -277,7 +276,7 @@ impl Datapath {
             }
             // Pinned first: a filter without a pin would not be found again.
             let pinned = program.fd().map_err(io::Error::other).and_then(|fd| bpf::pin(fd.as_fd(), &pin));
-            let done = pinned.and_then(|()| device.enter(|_| clsact::attach(program, device.name, chain)));
+            let done = pinned.and_then(|()| device.enter(|ifindex| clsact::attach(program, ifindex, chain)));
             if done.is_err() {
                 return Ok(done);
             }
@@ -341,9 +340,7 @@ impl Datapath {
                 }
                 (Via::Clsact, Place::HostSide) => {
                     fs::remove_file(&pin).and_then(|()| bpf::pin(fd.as_fd(), &pin)).map_err(pins)?;
-                    let device = nix::net::if_::if_indextoname(entry.endpoint).map_err(|e| pins(e.into()))?;
-                    let device = device.to_string_lossy().into_owned();
-                    clsact::attach(program, &device, chain(entry.place, direction)).map_err(pins)?;
+                    clsact::attach(program, entry.endpoint, chain(entry.place, direction)).map_err(pins)?;
                 }
                 (Via::Clsact, Place::InPod) => {}
             }

@@ -111,12 +111,12 @@ impl Netns {
     }
 
     fn device<'a>(&'a self, name: &'a str) -> Device<'a> {
-        Device { name, netns: Some(self.0.as_fd()) }
+        Device::named(name).inside(self.0.as_fd())
     }
 }
 
 fn here(name: &str) -> Device<'_> {
-    Device { name, netns: None }
+    Device::named(name)
 }
 
 /// A pod behind a veth pair: `host` in the node, `eth0` in the pod. Neighbours

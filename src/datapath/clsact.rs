@@ -23,7 +23,9 @@ const WIRE_HANDLE: wire::TcHandle = wire::TcHandle { major: 0, minor: 0xfa1 };
 
 /// Puts the program into the device's clsact chain, in the place of our earlier
 /// one if there is one. The filter belongs to the device and goes with it.
-pub(super) fn attach(program: &mut SchedClassifier, device: &str, chain: TcxChain) -> io::Result<()> {
+pub(super) fn attach(program: &mut SchedClassifier, ifindex: u32, chain: TcxChain) -> io::Result<()> {
+    let device = nix::net::if_::if_indextoname(ifindex)?;
+    let device = device.to_str().map_err(io::Error::other)?;
     let side = match chain {
         TcxChain::Ingress => TcAttachType::Ingress,
         TcxChain::Egress => TcAttachType::Egress,

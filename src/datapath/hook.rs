@@ -5,6 +5,7 @@
 //! reached from a thread made for it, which ends there: a thread left in the
 //! wrong namespace would poison later work.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -60,17 +61,41 @@ pub(super) fn chain(place: Place, direction: Direction) -> TcxChain {
     }
 }
 
-/// A network device by name, in the caller's namespace or another one.
+/// A network device, in the caller's network namespace or another one.
 #[derive(Clone, Copy, Debug)]
 pub struct Device<'a> {
-    pub name: &'a str,
-    pub netns: Option<BorrowedFd<'a>>,
+    which: Which<'a>,
+    netns: Option<BorrowedFd<'a>>,
 }
 
-impl Device<'_> {
+#[derive(Clone, Copy, Debug)]
+enum Which<'a> {
+    Name(&'a str),
+    Index(u32),
+}
+
+impl<'a> Device<'a> {
+    pub fn named(name: &'a str) -> Self {
+        Self { which: Which::Name(name), netns: None }
+    }
+
+    pub fn index(ifindex: u32) -> Self {
+        Self { which: Which::Index(ifindex), netns: None }
+    }
+
+    /// In this namespace instead of the caller's.
+    pub fn inside(self, netns: BorrowedFd<'a>) -> Self {
+        Self { netns: Some(netns), ..self }
+    }
+
     /// Runs `job` with the device's index, on a thread in the device's namespace.
     pub(super) fn enter<R: Send>(&self, job: impl FnOnce(u32) -> io::Result<R> + Send) -> io::Result<R> {
-        let here = move || job(nix::net::if_::if_nametoindex(self.name)?);
+        let here = move || {
+            job(match self.which {
+                Which::Name(name) => nix::net::if_::if_nametoindex(name)?,
+                Which::Index(ifindex) => ifindex,
+            })
+        };
         let Some(netns) = self.netns else { return here() };
         std::thread::scope(|scope| {
             let inside = move || {
@@ -80,6 +105,15 @@ impl Device<'_> {
             let thread = std::thread::Builder::new().name("datapath-netns".into()).spawn_scoped(scope, inside)?;
             thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread in the pod's namespace panicked")))
         })
+    }
+}
+
+impl fmt::Display for Device<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.which {
+            Which::Name(name) => f.write_str(name),
+            Which::Index(ifindex) => write!(f, "device {ifindex}"),
+        }
     }
 }
 
