@@ -1,0 +1,1 @@
+//! The simulated cloud: API, metadata service, injected faults.
