@@ -1,7 +1,17 @@
 //! A whole VPC on one machine: simulated cloud, Kubernetes stand-in, nodes.
+//!
+//! The lab and the agent share no wire or signing code and no state: nothing
+//! below imports `crate::cloud`, `crate::pool`, `crate::netns` or `crate::cni`.
 
+/// The simulated cloud: API, metadata service, injected faults.
+pub mod cloud;
+/// How the simulated cloud makes its answers true on the packet side.
 pub mod fabric;
+/// A kubelet per node: sandboxes, the conflist, probes.
 pub mod kubelet;
+/// A node: namespace, primary ENI, agent process.
 pub mod node;
+/// The VPC: router, ENI devices, NAT gateway, load balancer, a VM.
 pub mod vpc;
+/// What runs in a pod, and clients that reach it.
 pub mod workload;
