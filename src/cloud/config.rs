@@ -214,8 +214,7 @@ limits:
         assert!(bad(|c| c.endpoints.vpc = Some("https://x/path".to_owned())).contains("https://x/path"));
         assert!(bad(|c| c.max_in_flight = 1).contains("max_in_flight"));
         assert!(
-            bad(|c| drop(c.limits.insert(Api::Metadata, Limit { per_minute: 0, burst: 5 })))
-                .contains("limits.Metadata")
+            bad(|c| c.limits = [(Api::Metadata, Limit { per_minute: 0, burst: 5 })].into()).contains("limits.Metadata")
         );
     }
 }
