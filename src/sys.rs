@@ -1,1 +1,9 @@
-//! To be written.
+//! Raw system calls and the only unsafe code.
+//!
+//! Purpose: what std and nix do not offer, each behind a safe function with its
+//! reason. Nothing here knows a pod or a lease.
+
+/// Network namespaces: open with validation, identity, enter and come back.
+pub mod netns;
+/// Kernel settings below /proc/sys, written only when they differ.
+pub mod sysctl;
