@@ -1,1 +1,5 @@
-//! To be written.
+//! A whole VPC on one machine.
+
+pub mod controllers;
+pub mod kube;
+pub mod manifest;
