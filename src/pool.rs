@@ -5,6 +5,20 @@
 //! through any crash. What to do is decided by `plan` (pure); what was decided
 //! is written to `ledger` (sled) before it is done and after.
 
+mod apply;
+pub mod audit;
+pub mod config;
+pub mod demand;
+pub mod ledger;
+pub mod outcome;
+pub mod plan;
+pub mod reconcile;
+pub mod snapshot;
+pub mod state;
+pub mod step;
+mod why;
+pub mod work;
+
 use std::time::Duration;
 
 use crate::actor::Message;

@@ -94,10 +94,7 @@ async fn an_address_is_reachable_exactly_while_it_is_assigned() {
         assert!(Ask::new(at(to)).within(SHORT).tcp(&a).await.is_err(), "{to}");
     }
     assert_eq!(Ask::new(at("10.9.0.2:80")).tcp(&a).await.unwrap().text, "b");
-    assert_eq!(
-        vpc.set_addresses("eni-none", vec![], vec![]).await,
-        Err(FabricError::UnknownEni("eni-none".into()))
-    );
+    assert_eq!(vpc.set_addresses("eni-none", vec![], vec![]).await, Err(FabricError::UnknownEni("eni-none".into())));
 }
 
 #[tokio::test]
@@ -145,7 +142,8 @@ async fn an_eni_comes_back_to_its_node_when_a_pods_namespace_dies_with_it() {
     let pod = OwnedNetns::create(&vpc.id().name("pod")).unwrap();
     // As an agent does for a pod with an ENI of its own.
     sh(&a, &format!("ip link set eth1 netns {} name eth0", pod.name()));
-    let setup = "ip link set lo up; ip link set eth0 up; ip addr add 10.9.0.8/24 dev eth0; ip route add default via 10.9.0.253";
+    let setup =
+        "ip link set lo up; ip link set eth0 up; ip addr add 10.9.0.8/24 dev eth0; ip route add default via 10.9.0.253";
     sh(&pod, setup);
     assert_eq!(Ask::new(at("10.9.0.2:80")).tcp(&pod).await.unwrap().text, "b");
 

@@ -94,7 +94,7 @@ pub async fn take_up(desk: Arc<Desk>) -> io::Error {
         };
         if !left.for_lack_of_an_actor && !*desk.ready.borrow() {
             tracing::info!(left = left.count, "Releases left behind have been taken up");
-            let _ = desk.ready.send(true);
+            desk.ready.send_replace(true);
         }
         let pause = if left.count == 0 { LOOK } else { delay };
         delay = if left.count == 0 { RETRY_FIRST } else { (delay * 2).min(RETRY_MAX) };

@@ -19,12 +19,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, UdpSocket};
 use std::sync::{Arc, Weak};
 
 use futures::StreamExt;
+use futures::future::BoxFuture;
 use ipnet::IpNet;
 use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::RouteNetlinkMessage;
 use tokio::sync::Mutex;
 
-use crate::lab::fabric::{EniPort, Fabric, FabricError, FabricFuture};
+use crate::lab::fabric::{EniPort, Fabric, FabricError, InstancePlace};
 
 /// VM, NAT gateway, outside host, load balancer.
 pub mod edge;
@@ -219,45 +220,77 @@ impl Vpc {
 }
 
 impl Fabric for Vpc {
-    fn attach(&self, port: EniPort) -> FabricFuture<'_> {
+    fn instance_added(&self, place: InstancePlace) -> BoxFuture<'_, Result<(), FabricError>> {
         Box::pin(async move {
-            let what = format!("attach {}", port.eni_id);
-            self.inner.attach(port).await.map_err(|e| fabric_error(what, e))
+            let Some(name) = &place.netns else { return Ok(()) };
+            let ns = Netns::named(name).map_err(|e| failed("register", &place.instance_id, e.into()))?;
+            self.register_instance(&place.instance_id, &ns).await;
+            Ok(())
         })
     }
 
-    fn detach(&self, eni_id: &str) -> FabricFuture<'_> {
+    fn instance_removed(&self, instance_id: &str) -> BoxFuture<'_, Result<(), FabricError>> {
+        let instance_id = instance_id.to_owned();
+        Box::pin(async move { self.forget_instance(&instance_id).await.map_err(|e| failed("forget", &instance_id, e)) })
+    }
+
+    fn attach(&self, port: EniPort) -> BoxFuture<'_, Result<(), FabricError>> {
+        let inner = Arc::clone(&self.inner);
+        let eni_id = port.eni_id.clone();
+        whole("attach", eni_id, async move { inner.attach(port).await })
+    }
+
+    fn detach(&self, eni_id: &str) -> BoxFuture<'_, Result<(), FabricError>> {
+        let inner = Arc::clone(&self.inner);
         let eni_id = eni_id.to_owned();
-        Box::pin(async move {
-            let mut state = self.inner.state.lock().await;
-            match state.ports.remove(&eni_id) {
-                None => Ok(()),
-                Some(port) => self
-                    .inner
-                    .links
-                    .delete(port.index)
-                    .await
-                    .map_err(|e| fabric_error(format!("detach {eni_id}"), e.into())),
+        whole("detach", eni_id.clone(), async move {
+            let mut state = inner.state.lock().await;
+            if let Some(port) = state.ports.get(&eni_id) {
+                inner.links.delete(port.index).await?;
+                state.ports.remove(&eni_id);
             }
+            Ok(())
         })
     }
 
-    fn set_addresses(&self, eni_id: &str, v4: Vec<Ipv4Addr>, v6: Vec<Ipv6Addr>) -> FabricFuture<'_> {
+    fn set_addresses(
+        &self,
+        eni_id: &str,
+        v4: Vec<Ipv4Addr>,
+        v6: Vec<Ipv6Addr>,
+    ) -> BoxFuture<'_, Result<(), FabricError>> {
+        let inner = Arc::clone(&self.inner);
         let eni_id = eni_id.to_owned();
-        Box::pin(async move {
-            let mut state = self.inner.state.lock().await;
-            let port = state.ports.get_mut(&eni_id).ok_or_else(|| FabricError::UnknownEni(eni_id.clone()))?;
+        whole("set_addresses", eni_id.clone(), async move {
+            let mut state = inner.state.lock().await;
+            let port = state.ports.get_mut(&eni_id).ok_or(FabricError::UnknownEni(eni_id))?;
             port.eni.v4 = v4;
             port.eni.v6 = v6;
-            self.inner.sync_routes(port).await.map_err(|e| fabric_error(format!("addresses of {eni_id}"), e.into()))
+            Ok(inner.sync_routes(port).await?)
         })
     }
 }
 
-fn fabric_error(what: String, e: VpcError) -> FabricError {
+/// A change runs to its end even when its caller (an HTTP request, say) goes
+/// away half-way: the kernel and our record of it must stay in step.
+fn whole(
+    op: &'static str,
+    eni_id: String,
+    work: impl Future<Output = Result<(), VpcError>> + Send + 'static,
+) -> BoxFuture<'static, Result<(), FabricError>> {
+    Box::pin(async move {
+        let done = match tokio::spawn(work).await {
+            Ok(done) => done,
+            Err(e) => Err(VpcError::Io { what: "task".into(), cause: std::io::Error::other(e) }),
+        };
+        done.map_err(|e| failed(op, &eni_id, e))
+    })
+}
+
+fn failed(op: &'static str, eni_id: &str, e: VpcError) -> FabricError {
     match e {
         VpcError::Fabric(e) => e,
-        other => FabricError::Kernel { what, cause: other.to_string() },
+        other => FabricError::Failed { op, eni_id: eni_id.to_owned(), cause: other.to_string() },
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use fairway::lab::fabric::{EniPort, Fabric};
 use fairway::lab::vpc::name::LabId;
-use fairway::lab::vpc::ns::{self, Netns, OwnedNetns};
+use fairway::lab::vpc::ns::{Netns, OwnedNetns};
 use fairway::lab::vpc::os::{self, Boot};
 use fairway::lab::vpc::{Vpc, VpcConfig};
 use fairway::model::Mac;
@@ -41,10 +41,7 @@ pub struct Cleanup(pub LabId);
 
 impl Drop for Cleanup {
     fn drop(&mut self) {
-        for path in ns::list(&self.0.prefix()).unwrap_or_default() {
-            let _ = ns::remove(&path);
-        }
-        let _ = std::fs::remove_dir_all(self.0.state_dir());
+        let _ = fairway::lab::node::down::sweep(&self.0);
     }
 }
 

@@ -4,6 +4,7 @@
 //! state folder, so that `down` finds it after a crash.
 
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -49,6 +50,18 @@ impl LabId {
 
     pub fn state_dir(&self) -> PathBuf {
         Path::new(STATE_ROOT).join(&self.0)
+    }
+}
+
+/// Make a folder below the state root. Another lab that goes down may take the
+/// empty root away in between, so this tries again.
+pub fn make_dir(path: &Path) -> io::Result<()> {
+    let mut tries = 0..5;
+    loop {
+        match std::fs::create_dir_all(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound && tries.next().is_some() => {}
+            other => return other,
+        }
     }
 }
 

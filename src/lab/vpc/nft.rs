@@ -163,8 +163,12 @@ fn parse_counters(json: &str) -> Result<Counters, NftError> {
 
 fn run(ns: &Netns, args: &[&str], input: &str) -> Result<String, NftError> {
     let output = ns.run(|| {
-        let mut child =
-            Command::new("nft").args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+        let mut child = Command::new("nft")
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
         if let Some(mut stdin) = child.stdin.take() {
             stdin.write_all(input.as_bytes())?;
         }

@@ -152,6 +152,51 @@ impl Netns {
     }
 }
 
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A thread that stays in a namespace: for starting children there, which die
+/// with the thread that started them.
+#[derive(Clone, Debug)]
+pub struct NsThread {
+    name: String,
+    jobs: std::sync::mpsc::Sender<Job>,
+}
+
+impl NsThread {
+    /// Start the thread; it ends when the last clone is dropped. Must be called
+    /// on a tokio runtime, which the jobs can use.
+    pub fn start(ns: &Netns) -> Result<Self, NsError> {
+        let (jobs, inbox) = std::sync::mpsc::channel::<Job>();
+        let (tell, entered) = std::sync::mpsc::channel();
+        let here = ns.clone();
+        let runtime = tokio::runtime::Handle::current();
+        std::thread::Builder::new()
+            .name(format!("at-{}", ns.name))
+            .spawn(move || {
+                let _guard = runtime.enter();
+                let _ = tell.send(here.enter());
+                drop(here);
+                while let Ok(job) = inbox.recv() {
+                    job();
+                }
+            })
+            .map_err(ns.io("start thread"))?;
+        match entered.recv() {
+            Ok(Ok(())) => Ok(Self { name: ns.name.clone(), jobs }),
+            Ok(Err(e)) => Err(ns.io("enter")(e)),
+            Err(_) => Err(NsError::Panicked { name: ns.name.clone() }),
+        }
+    }
+
+    /// Run `f` on the thread, after what was asked before.
+    pub async fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> Result<T, NsError> {
+        let (tell, done) = tokio::sync::oneshot::channel();
+        let gone = || NsError::Panicked { name: self.name.clone() };
+        self.jobs.send(Box::new(move || drop(tell.send(f())))).map_err(|_| gone())?;
+        done.await.map_err(|_| gone())
+    }
+}
+
 /// A namespace that is removed when its owner lets go of it.
 #[derive(Debug)]
 pub struct OwnedNetns(Netns);

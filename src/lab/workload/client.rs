@@ -114,11 +114,7 @@ fn bind_udp(at: SocketAddr) -> io::Result<UdpSocket> {
     UdpSocket::from_std(socket)
 }
 
-async fn bounded<T>(
-    to: String,
-    within: Duration,
-    work: impl Future<Output = io::Result<T>>,
-) -> Result<T, AskError> {
+async fn bounded<T>(to: String, within: Duration, work: impl Future<Output = io::Result<T>>) -> Result<T, AskError> {
     match timeout_at(tokio::time::Instant::now() + within, work).await {
         Err(_) => Err(AskError::Timeout(to)),
         Ok(Err(e)) if e.kind() == io::ErrorKind::ConnectionRefused => Err(AskError::Refused(to)),

@@ -1,0 +1,1 @@
+pub const MAX_LAG_MS: u64 = 600_000;
