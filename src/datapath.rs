@@ -12,6 +12,7 @@
 //! - The pins are the memory: nothing here is known that they do not say.
 
 mod clsact;
+mod entry;
 mod hook;
 mod pins;
 mod programs;
@@ -27,10 +28,11 @@ pub use fairway_ebpf_abi::Counters;
 use fairway_ebpf_abi::{Endpoint, IN_POD, MAX_ENDPOINTS};
 use serde::Serialize;
 
+use self::entry::Entry;
 pub use self::hook::Device;
-use self::hook::{Direction, Place, chain};
+use self::hook::{Direction, Place, chain, has_tcx};
 use self::pins::{PinName, Pins, pin_of};
-use self::programs::{CounterMap, Programs};
+use self::programs::{CounterMap, Loader, Programs};
 use crate::model::{AttachMode, AttachmentId};
 use crate::sys::bpf;
 
@@ -41,16 +43,14 @@ pub struct Datapath {
     shared: Programs,
     counters: CounterMap,
     known: BTreeMap<AttachmentId, Entry>,
-    via: Via,
+    loader: Loader,
+    options: Options,
 }
 
-struct Entry {
-    place: Place,
-    endpoint: Endpoint,
-    dir: PathBuf,
-}
-
-/// How programs are attached.
+/// How programs are attached. Attaching by tcx waits for an RCU grace period with
+/// the kernel's network lock held, some 10 ms a program, and so does the device's
+/// end; a clsact filter takes a tenth of a millisecond. So tcx is for devices that
+/// move into a pod, which only it survives (docs/decisions/0004).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Via {
@@ -104,15 +104,16 @@ pub enum DatapathError {
     Counters(MapError),
 }
 
-/// Which kernel interface to use; [`Via::Tcx`] falls back by itself.
+/// Which kernel interface to use where. A kernel without tcx uses clsact for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    pub prefer: Via,
+    pub host_side: Via,
+    pub in_pod: Via,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { prefer: Via::Tcx }
+        Self { host_side: Via::Clsact, in_pod: Via::Tcx }
     }
 }
 
@@ -130,16 +131,18 @@ impl Datapath {
         let at = |cause| DatapathError::Pins { path: bpffs.to_owned(), cause };
         let pins = Pins::open(bpffs).map_err(at)?.ok_or_else(|| DatapathError::NotBpffs(bpffs.to_owned()))?;
         let rotated = programs::rotate_foreign_maps(&pins).map_err(at)?;
-        let mut shared = Programs::load(&pins, None)?;
+        let mut loader = Loader::new(&pins);
+        let mut shared = loader.load(0)?;
         programs::check_loaded_maps(&pins)?;
         let counters = shared.take_counters()?;
-        let mut datapath = Self { pins, shared, counters, known: BTreeMap::new(), via: options.prefer };
+        let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact } };
+        let mut datapath = Self { pins, shared, counters, known: BTreeMap::new(), loader, options };
         let mut adoption = Adoption { rotated, ..Default::default() };
         for dir in datapath.pins.pods().map_err(at)? {
             match datapath.adopt(&dir) {
                 Some(attachment) => adoption.adopted.push(attachment),
                 None => {
-                    discard(&dir).map_err(at)?;
+                    datapath.collect(&dir).map_err(at)?;
                     adoption.collected.push(dir.file_name().unwrap_or_default().to_string_lossy().into_owned());
                 }
             }
@@ -155,7 +158,7 @@ impl Datapath {
     /// namespace. If so, attach to an exclusive ENI before it moves: then there
     /// is no moment without them. If not, attach inside, before the link is up.
     pub fn moves_with_device(&self) -> bool {
-        self.via == Via::Tcx
+        self.options.in_pod == Via::Tcx
     }
 
     /// Attaches both programs to a pod's device: the host side of its veth pair,
@@ -171,7 +174,7 @@ impl Datapath {
         let fail = |cause| DatapathError::Attach { attachment: attachment.clone(), device: device.to_string(), cause };
         if let Some(entry) = self.known.get(attachment)
             && entry.place == place
-            && is_on(entry, device).map_err(fail)?
+            && entry.is_on(device).map_err(fail)?
         {
             return Ok(());
         }
@@ -191,7 +194,7 @@ impl Datapath {
         let entry = Entry { place, endpoint, dir };
         if let Err(cause) = self.attach_and_pin(&entry, device)? {
             // Undo as far as it goes; the next start collects the rest.
-            let _ = discard(&entry.dir);
+            let _ = entry.discard();
             let _ = self.counters.remove(&endpoint);
             return Err(fail(cause));
         }
@@ -200,10 +203,10 @@ impl Datapath {
     }
 
     /// Takes the programs off and forgets the attachment. Success when there is
-    /// nothing to take off. A clsact filter goes with its device.
+    /// nothing to take off. A clsact filter inside a pod goes with its device.
     pub fn detach(&mut self, attachment: &AttachmentId) -> Result<(), DatapathError> {
         let Some(entry) = self.known.get(attachment) else { return Ok(()) };
-        discard(&entry.dir).map_err(|cause| DatapathError::Pins { path: entry.dir.clone(), cause })?;
+        entry.discard().map_err(|cause| DatapathError::Pins { path: entry.dir.clone(), cause })?;
         let _ = self.counters.remove(&entry.endpoint);
         self.known.remove(attachment);
         Ok(())
@@ -221,7 +224,7 @@ impl Datapath {
     /// Whether both programs are on this device now, read from the kernel.
     pub fn verify(&self, attachment: &AttachmentId, device: Device<'_>) -> Result<bool, DatapathError> {
         let Some(entry) = self.known.get(attachment) else { return Ok(false) };
-        is_on(entry, device).map_err(|cause| DatapathError::Attach {
+        entry.is_on(device).map_err(|cause| DatapathError::Attach {
             attachment: attachment.clone(),
             device: device.to_string(),
             cause,
@@ -230,7 +233,7 @@ impl Datapath {
 
     /// What is attached, read from the kernel.
     pub fn attached(&self) -> Result<Vec<Attached>, DatapathError> {
-        self.known.iter().map(|(attachment, entry)| describe(attachment, entry)).collect()
+        self.known.iter().map(|(attachment, entry)| entry.describe(attachment)).collect()
     }
 
     /// What passed each attachment since it was attached.
@@ -253,7 +256,7 @@ impl Datapath {
         let programs = match entry.place {
             Place::HostSide => &mut self.shared,
             Place::InPod => {
-                own = Programs::load(&self.pins, Some(entry.endpoint))?;
+                own = self.loader.load(entry.endpoint)?;
                 &mut own
             }
         };
@@ -264,13 +267,14 @@ impl Datapath {
             let chain = chain(entry.place, direction);
             let pin = pin_of(&entry.dir, direction);
             let program = programs.get(direction)?;
-            if self.via == Via::Tcx {
-                match device.enter(|ifindex| hook::attach_tcx(program, ifindex, chain)) {
-                    Ok(link) => match bpf::pin(link.as_fd(), &pin) {
-                        Ok(()) => continue,
-                        Err(e) => return Ok(Err(e)),
-                    },
-                    Err(e) if hook::no_tcx(&e) && direction == Direction::Egress => self.via = Via::Clsact,
+            let via = match entry.place {
+                Place::HostSide => self.options.host_side,
+                Place::InPod => self.options.in_pod,
+            };
+            if via == Via::Tcx {
+                let link = device.enter(|ifindex| hook::attach_tcx(program, ifindex, chain));
+                match link.and_then(|link| bpf::pin(link.as_fd(), &pin)) {
+                    Ok(()) => continue,
                     Err(e) => return Ok(Err(e)),
                 }
             }
@@ -292,16 +296,7 @@ impl Datapath {
             return None;
         }
         let mut entry = Entry { place: name.place, endpoint: name.endpoint, dir: dir.to_owned() };
-        let attached = describe(&name.attachment, &entry).ok()?;
-        let alive = match (attached.via, entry.place) {
-            (Via::Tcx, Place::HostSide) => attached.ifindex == Some(entry.endpoint),
-            (Via::Tcx, Place::InPod) => attached.ifindex.is_some(),
-            (Via::Clsact, Place::HostSide) => attached.ifindex.is_some(),
-            (Via::Clsact, Place::InPod) => true,
-        };
-        if !alive {
-            return None;
-        }
+        let attached = entry.describe(&name.attachment).ok().filter(|_| entry.is_alive())?;
         if let Err(e) = self.update(&entry, attached.via) {
             tracing::warn!(attachment = %name.attachment, error = %e, "cannot take a pod's programs over; they are removed");
             return None;
@@ -318,6 +313,16 @@ impl Datapath {
         Some(name.attachment)
     }
 
+    /// Removes a pin directory that was not adopted.
+    fn collect(&self, dir: &Path) -> io::Result<()> {
+        let entry = Entry::unknown(dir);
+        if self.known.values().any(|e| e.endpoint == entry.endpoint) {
+            // What is on that device is an adopted attachment's.
+            return pins::remove(dir);
+        }
+        entry.discard()
+    }
+
     /// Swaps this build's programs in. A clsact device inside a pod is out of
     /// reach until the next `attach`; it goes on with its old programs.
     fn update(&mut self, entry: &Entry, via: Via) -> Result<(), DatapathError> {
@@ -326,7 +331,7 @@ impl Datapath {
         let programs = match entry.place {
             Place::HostSide => &mut self.shared,
             Place::InPod => {
-                own = Programs::load(&self.pins, Some(entry.endpoint))?;
+                own = self.loader.load(entry.endpoint)?;
                 &mut own
             }
         };
@@ -339,7 +344,7 @@ impl Datapath {
                     bpf::open_pinned(&pin).and_then(|link| bpf::link_update(link.as_fd(), fd.as_fd())).map_err(pins)?
                 }
                 (Via::Clsact, Place::HostSide) => {
-                    fs::remove_file(&pin).and_then(|()| bpf::pin(fd.as_fd(), &pin)).map_err(pins)?;
+                    pins::replace(fd.as_fd(), &pin).map_err(pins)?;
                     clsact::attach(program, entry.endpoint, chain(entry.place, direction)).map_err(pins)?;
                 }
                 (Via::Clsact, Place::InPod) => {}
@@ -370,71 +375,6 @@ impl Datapath {
         }
         Ok(())
     }
-}
-
-/// Reads an attachment's pins. An error when they are not a pair of one kind on
-/// the chains they should be on.
-fn describe(attachment: &AttachmentId, entry: &Entry) -> Result<Attached, DatapathError> {
-    let wrong = |cause| DatapathError::Pins { path: entry.dir.clone(), cause };
-    let mut found = [None; 2];
-    for (slot, direction) in found.iter_mut().zip(Direction::BOTH) {
-        let object = bpf::open_pinned(&pin_of(&entry.dir, direction)).map_err(wrong)?;
-        *slot = match bpf::kind(object.as_fd()).map_err(wrong)? {
-            bpf::Kind::Link => bpf::tcx_link(object.as_fd())
-                .map_err(wrong)?
-                .filter(|link| link.chain == chain(entry.place, direction))
-                .map(|link| (Via::Tcx, link.ifindex, link.program_id)),
-            bpf::Kind::Program => {
-                let program = bpf::program_id(object.as_fd()).map_err(wrong)?;
-                let here = entry.place == Place::HostSide && nix::net::if_::if_indextoname(entry.endpoint).is_ok();
-                Some((Via::Clsact, here.then_some(entry.endpoint), program))
-            }
-            _ => None,
-        };
-    }
-    match found {
-        [Some((via, ifindex, egress)), Some((other, same, ingress))] if via == other && ifindex == same => {
-            let mode = entry.place.into();
-            Ok(Attached { attachment: attachment.clone(), mode, via, ifindex, programs: [egress, ingress] })
-        }
-        _ => Err(wrong(io::Error::other("the pins are not a pair of programs on one device"))),
-    }
-}
-
-/// Whether an attachment's programs are on this very device.
-fn is_on(entry: &Entry, device: Device<'_>) -> io::Result<bool> {
-    device.enter(|ifindex| {
-        for direction in Direction::BOTH {
-            let chain = chain(entry.place, direction);
-            let object = match bpf::open_pinned(&pin_of(&entry.dir, direction)) {
-                Ok(object) => object,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
-                Err(e) => return Err(e),
-            };
-            let on = match bpf::kind(object.as_fd())? {
-                bpf::Kind::Link => hook::tcx_is_on(object.as_fd(), ifindex, chain)?,
-                bpf::Kind::Program => clsact::program_on(ifindex, chain)? == Some(bpf::program_id(object.as_fd())?),
-                _ => false,
-            };
-            if !on {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    })
-}
-
-/// Takes links off their device, then removes the pins.
-fn discard(dir: &Path) -> io::Result<()> {
-    for direction in Direction::BOTH {
-        if let Ok(link) = bpf::open_pinned(&pin_of(dir, direction))
-            && bpf::kind(link.as_fd()).is_ok_and(|kind| kind == bpf::Kind::Link)
-        {
-            // Fails when the device is gone, and the link is off it by that.
-            let _ = bpf::link_detach(link.as_fd());
-        }
-    }
-    pins::remove(dir)
 }
 
 fn add(total: &mut Counters, one: &Counters) {

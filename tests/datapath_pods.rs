@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 
 use aya::maps::MapInfo;
 use aya::programs::{SchedClassifier, TcAttachType};
-use fairway::datapath::{Counters, Datapath, DatapathError, Device, Options, Via};
+use fairway::datapath::{Adoption, Counters, Datapath, DatapathError, Device, Options, Via};
 use fairway::model::{AttachMode, AttachmentId};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
@@ -23,6 +23,9 @@ const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
 const POD: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
 /// Ethernet, IPv4 and UDP headers.
 const UDP_HEADERS: u64 = 14 + 20 + 8;
+
+const CLSACT: Options = Options { host_side: Via::Clsact, in_pod: Via::Clsact };
+const TCX: Options = Options { host_side: Via::Tcx, in_pod: Via::Tcx };
 
 /// Where the two ends of a test's only conversation are.
 struct Node {
@@ -51,8 +54,12 @@ impl Node {
         Some(Self { bpffs: mount_point.path().to_owned(), _mount_point: mount_point })
     }
 
-    fn open(&self) -> (Datapath, fairway::datapath::Adoption) {
+    fn open(&self) -> (Datapath, Adoption) {
         Datapath::open(&self.bpffs).unwrap()
+    }
+
+    fn open_with(&self, options: Options) -> (Datapath, Adoption) {
+        Datapath::open_with(&self.bpffs, options).unwrap()
     }
 
     fn pins(&self) -> PathBuf {
@@ -181,28 +188,42 @@ fn counters(datapath: &Datapath, sandbox: &str) -> Counters {
     all.into_iter().find(|(a, _)| *a == attachment(sandbox)).unwrap().1
 }
 
-fn tcx_count(device: &str) -> usize {
-    let on = |side| SchedClassifier::query_tcx(device, side).unwrap().1.len();
-    on(TcAttachType::Ingress) + on(TcAttachType::Egress)
+/// How many of our programs the kernel says are on a device, whichever way.
+fn programs_on(device: &str) -> usize {
+    let tcx = |side| SchedClassifier::query_tcx(device, side).map_or(0, |(_, programs)| programs.len());
+    let clsact = |side| {
+        let shown = Command::new("tc").args(["filter", "show", "dev", device, side]).output().unwrap();
+        String::from_utf8(shown.stdout).unwrap().matches("direct-action").count()
+    };
+    tcx(TcAttachType::Ingress) + tcx(TcAttachType::Egress) + clsact("ingress") + clsact("egress")
 }
 
-/// False, and counted as skipped, on kernels before 6.6.
-fn has_tcx(test: &str, datapath: &Datapath) -> bool {
-    if !datapath.moves_with_device() {
-        skipped(test, "tcx (kernel 6.6)");
+/// Runs a test's body for each way of attaching on the host side.
+fn each_way(test: &str, body: impl Fn(&Node, Options)) {
+    for options in [CLSACT, TCX] {
+        let Some(node) = Node::new(test) else { return };
+        if options == TCX && !node.open().0.moves_with_device() {
+            skipped(test, "tcx (kernel 6.6)");
+            return;
+        }
+        println!("{options:?}");
+        body(&node, options);
     }
-    datapath.moves_with_device()
 }
 
 #[test]
 fn a_veth_pods_packets_and_bytes_are_counted_in_both_directions() {
-    let Some(node) = Node::new("a_veth_pods_packets_and_bytes_are_counted_in_both_directions") else { return };
-    let (mut datapath, _) = node.open();
-    let pod = veth_pod("h0");
-    datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
-    assert_eq!(counters(&datapath, "a"), Counters::default());
-    exchange(&pod, 3, 5, 100);
-    assert_eq!(counters(&datapath, "a"), udp(3, 5, 100));
+    each_way("a_veth_pods_packets_and_bytes_are_counted_in_both_directions", |node, options| {
+        let (mut datapath, _) = node.open_with(options);
+        let pod = veth_pod("h0");
+        datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
+        assert_eq!(counters(&datapath, "a"), Counters::default());
+        assert_eq!(datapath.attached().unwrap()[0].via, options.host_side);
+        exchange(&pod, 3, 5, 100);
+        assert_eq!(counters(&datapath, "a"), udp(3, 5, 100));
+        datapath.detach(&attachment("a")).unwrap();
+        assert_eq!(programs_on("h0"), 0, "off a device that stays");
+    });
 }
 
 #[test]
@@ -239,10 +260,10 @@ fn an_exclusive_eni_is_counted_from_before_it_moves_until_it_is_given_back() {
         ip("link set port up");
         ip(&format!("neigh replace {POD} lladdr 02:00:00:00:00:02 dev port nud permanent"));
     });
-    datapath.attach(&attachment("x"), AttachMode::Exclusive, here("eni1")).unwrap();
-    if !has_tcx(test, &datapath) {
-        return;
+    if !datapath.moves_with_device() {
+        return skipped(test, "tcx (kernel 6.6)");
     }
+    datapath.attach(&attachment("x"), AttachMode::Exclusive, here("eni1")).unwrap();
     let before = datapath.attached().unwrap();
     let pod = Netns::new();
     ip(&format!("link set eni1 netns {}", pod.path()));
@@ -260,15 +281,14 @@ fn an_exclusive_eni_is_counted_from_before_it_moves_until_it_is_given_back() {
     assert_eq!(counters(&datapath, "x"), udp(4, 2, 64));
 
     datapath.detach(&attachment("x")).unwrap();
-    assert_eq!(pod.run(|| tcx_count("eth0")), 0, "the ENI goes back clean");
+    assert_eq!(pod.run(|| programs_on("eth0")), 0, "the ENI goes back clean");
     assert!(datapath.counters().unwrap().is_empty());
     assert!(node.pod_pins().is_empty());
 }
 
 #[test]
 fn pods_whose_devices_share_an_index_are_counted_apart() {
-    let test = "pods_whose_devices_share_an_index_are_counted_apart";
-    let Some(node) = Node::new(test) else { return };
+    let Some(node) = Node::new("pods_whose_devices_share_an_index_are_counted_apart") else { return };
     let (mut datapath, _) = node.open();
     // First links of their namespaces: the same index in each.
     let pods = [Netns::new(), Netns::new()];
@@ -288,15 +308,15 @@ fn pods_whose_devices_share_an_index_are_counted_apart() {
         converse(&outside, pod, packets, 0, 10);
     }
     assert_eq!((counters(&datapath, "p"), counters(&datapath, "q")), (udp(2, 0, 10), udp(7, 0, 10)));
-    if has_tcx(test, &datapath) {
+    if datapath.moves_with_device() {
         assert!(!datapath.verify(&attachment("p"), pods[1].device("eth0")).unwrap(), "not the other pod's device");
     }
 }
 
 #[test]
-fn clsact_counts_where_the_kernel_has_no_tcx() {
-    let Some(node) = Node::new("clsact_counts_where_the_kernel_has_no_tcx") else { return };
-    let (mut datapath, _) = Datapath::open_with(&node.bpffs, Options { prefer: Via::Clsact }).unwrap();
+fn a_clsact_filter_is_replaced_in_place_and_missed_when_it_is_gone() {
+    let Some(node) = Node::new("a_clsact_filter_is_replaced_in_place_and_missed_when_it_is_gone") else { return };
+    let (mut datapath, _) = node.open_with(CLSACT);
     let pod = veth_pod("h0");
     datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
     exchange(&pod, 3, 4, 50);
@@ -307,7 +327,7 @@ fn clsact_counts_where_the_kernel_has_no_tcx() {
 
     // After a restart the filter is replaced in place: counted once, not twice.
     drop(datapath);
-    let (datapath, adoption) = Datapath::open_with(&node.bpffs, Options { prefer: Via::Clsact }).unwrap();
+    let (datapath, adoption) = node.open_with(CLSACT);
     assert_eq!(adoption.adopted, [attachment("a")]);
     exchange(&pod, 1, 1, 50);
     assert_eq!(counters(&datapath, "a"), udp(4, 5, 50));
@@ -323,7 +343,7 @@ fn clsact_counts_where_the_kernel_has_no_tcx() {
 #[test]
 fn clsact_inside_a_pod_counts_too() {
     let Some(node) = Node::new("clsact_inside_a_pod_counts_too") else { return };
-    let (mut datapath, _) = Datapath::open_with(&node.bpffs, Options { prefer: Via::Clsact }).unwrap();
+    let (mut datapath, _) = node.open_with(CLSACT);
     let pod = veth_pod("h0");
     datapath.attach(&attachment("x"), AttachMode::Exclusive, pod.device("eth0")).unwrap();
     exchange(&pod, 2, 6, 50);
@@ -380,138 +400,139 @@ fn programs_and_counters_survive_kill_9_and_are_adopted() {
     assert_eq!(counters(&datapath, "a"), udp(7, 10, 20));
     exchange(&pod, 1, 1, 20);
     assert_eq!(counters(&datapath, "a"), udp(8, 11, 20), "still attached, and once");
-    assert!(datapath.verify(&attachment("a"), here("h0")).unwrap() || !datapath.moves_with_device());
+    assert!(datapath.verify(&attachment("a"), here("h0")).unwrap());
 
     datapath.detach(&attachment("a")).unwrap();
-    assert_eq!(tcx_count("h0"), 0);
+    assert_eq!(programs_on("h0"), 0);
 }
 
 #[test]
 fn pins_of_vanished_devices_and_half_made_pins_are_collected_at_start() {
-    let test = "pins_of_vanished_devices_and_half_made_pins_are_collected_at_start";
-    let Some(node) = Node::new(test) else { return };
-    let (mut datapath, _) = node.open();
-    let pods = [veth_pod("h0"), veth_pod("h1"), veth_pod("h2")];
-    for (sandbox, device) in [("gone", "h0"), ("half", "h1"), ("fine", "h2")] {
-        datapath.attach(&attachment(sandbox), AttachMode::Veth, here(device)).unwrap();
-    }
-    drop(datapath);
-    ip("link del h0");
-    let half = node.pod_pins().into_iter().find(|p| p.to_string_lossy().contains("half")).unwrap();
-    fs::remove_file(half.join("ingress")).unwrap();
-    fs::create_dir(node.pins().join("pods/not an attachment")).unwrap();
+    each_way("pins_of_vanished_devices_and_half_made_pins_are_collected_at_start", |node, options| {
+        let (mut datapath, _) = node.open_with(options);
+        let pods = [veth_pod("h0"), veth_pod("h1"), veth_pod("h2")];
+        for (sandbox, device) in [("gone", "h0"), ("half", "h1"), ("fine", "h2")] {
+            datapath.attach(&attachment(sandbox), AttachMode::Veth, here(device)).unwrap();
+        }
+        drop(datapath);
+        ip("link del h0");
+        let half = node.pod_pins().into_iter().find(|p| p.to_string_lossy().contains("half")).unwrap();
+        fs::remove_file(half.join("ingress")).unwrap();
+        fs::create_dir(node.pins().join("pods/not an attachment")).unwrap();
 
-    let (datapath, adoption) = node.open();
-    assert_eq!(adoption.adopted, [attachment("fine")]);
-    assert_eq!(adoption.collected.len(), 3, "{adoption:?}");
-    assert_eq!(node.pod_pins().len(), 1);
-    assert_eq!(datapath.counters().unwrap().len(), 1);
-    if has_tcx(test, &datapath) {
-        assert_eq!(tcx_count("h1"), 0, "what was half attached is off");
-        assert_eq!(tcx_count("h2"), 2);
-    }
-    drop(pods);
+        let (datapath, adoption) = node.open_with(options);
+        assert_eq!(adoption.adopted, [attachment("fine")]);
+        assert_eq!(adoption.collected.len(), 3, "{adoption:?}");
+        assert_eq!(node.pod_pins().len(), 1);
+        assert_eq!(datapath.counters().unwrap().len(), 1);
+        assert_eq!(programs_on("h1"), 0, "what was half attached is off");
+        assert_eq!(programs_on("h2"), 2);
+        drop(pods);
+    });
 }
 
 #[test]
 fn attachments_that_nobody_claims_are_detached() {
-    let Some(node) = Node::new("attachments_that_nobody_claims_are_detached") else { return };
-    let (mut datapath, _) = node.open();
-    let _pods = [veth_pod("h0"), veth_pod("h1")];
-    for (sandbox, device) in [("kept", "h0"), ("orphan", "h1")] {
-        datapath.attach(&attachment(sandbox), AttachMode::Veth, here(device)).unwrap();
-    }
-    let gone = datapath.retain(|a| *a == attachment("kept")).unwrap();
-    assert_eq!(gone, [attachment("orphan")]);
-    assert_eq!(tcx_count("h1"), 0);
-    assert_eq!(node.pod_pins().len(), 1);
+    each_way("attachments_that_nobody_claims_are_detached", |node, options| {
+        let (mut datapath, _) = node.open_with(options);
+        let _pods = [veth_pod("h0"), veth_pod("h1")];
+        for (sandbox, device) in [("kept", "h0"), ("orphan", "h1")] {
+            datapath.attach(&attachment(sandbox), AttachMode::Veth, here(device)).unwrap();
+        }
+        let gone = datapath.retain(|a| *a == attachment("kept")).unwrap();
+        assert_eq!(gone, [attachment("orphan")]);
+        assert_eq!(programs_on("h1"), 0);
+        assert_eq!(node.pod_pins().len(), 1);
+    });
 }
 
 #[test]
 fn a_pinned_map_of_another_layout_is_not_adopted() {
-    let Some(node) = Node::new("a_pinned_map_of_another_layout_is_not_adopted") else { return };
-    let (mut datapath, _) = node.open();
-    let pod = veth_pod("h0");
-    datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
-    exchange(&pod, 1, 1, 10);
-    drop(datapath);
-    let pin = node.pins().join("maps/COUNTERS");
-    fs::remove_file(&pin).unwrap();
-    // Half the value: reading it as ours would run past its end.
-    aya::maps::HashMap::<_, u32, [u64; 2]>::create(4096, 1).unwrap().pin(&pin).unwrap();
+    each_way("a_pinned_map_of_another_layout_is_not_adopted", |node, options| {
+        let (mut datapath, _) = node.open_with(options);
+        let pod = veth_pod("h0");
+        datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
+        exchange(&pod, 1, 1, 10);
+        drop(datapath);
+        let pin = node.pins().join("maps/COUNTERS");
+        fs::remove_file(&pin).unwrap();
+        // Half the value: reading it as ours would run past its end.
+        aya::maps::HashMap::<_, u32, [u64; 2]>::create(4096, 1).unwrap().pin(&pin).unwrap();
 
-    let (datapath, adoption) = node.open();
-    assert_eq!(adoption.rotated.len(), 1, "{adoption:?}");
-    assert!(adoption.rotated[0].contains("value size 16 instead of 32"), "{adoption:?}");
-    assert_eq!(MapInfo::from_pin(&pin).unwrap().value_size(), 32);
-    // The pod goes on, counted in the new map by a program that knows it.
-    assert_eq!(adoption.adopted, [attachment("a")]);
-    exchange(&pod, 3, 2, 10);
-    assert_eq!(counters(&datapath, "a"), udp(3, 2, 10));
+        let (datapath, adoption) = node.open_with(options);
+        assert_eq!(adoption.rotated.len(), 1, "{adoption:?}");
+        assert!(adoption.rotated[0].contains("value size 16 instead of 32"), "{adoption:?}");
+        assert_eq!(MapInfo::from_pin(&pin).unwrap().value_size(), 32);
+        // The pod goes on, counted in the new map by a program that knows it.
+        assert_eq!(adoption.adopted, [attachment("a")]);
+        exchange(&pod, 3, 2, 10);
+        assert_eq!(counters(&datapath, "a"), udp(3, 2, 10));
+    });
 }
 
 #[test]
 fn a_pin_that_is_no_map_is_not_adopted() {
-    let Some(node) = Node::new("a_pin_that_is_no_map_is_not_adopted") else { return };
-    let (mut datapath, _) = node.open();
-    let _pod = veth_pod("h0");
-    datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
-    drop(datapath);
-    let pin = node.pins().join("maps/COUNTERS");
-    fs::remove_file(&pin).unwrap();
-    fs::rename(node.pod_pins()[0].join("egress"), &pin).unwrap();
-    let (_datapath, adoption) = node.open();
-    assert!(adoption.rotated[0].contains("instead of a map"), "{adoption:?}");
-    assert_eq!(MapInfo::from_pin(&pin).unwrap().value_size(), 32);
+    each_way("a_pin_that_is_no_map_is_not_adopted", |node, options| {
+        let (mut datapath, _) = node.open_with(options);
+        let _pod = veth_pod("h0");
+        datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
+        drop(datapath);
+        let pin = node.pins().join("maps/COUNTERS");
+        fs::remove_file(&pin).unwrap();
+        fs::rename(node.pod_pins()[0].join("egress"), &pin).unwrap();
+        let (_datapath, adoption) = node.open_with(options);
+        assert!(adoption.rotated[0].contains("instead of a map"), "{adoption:?}");
+        assert_eq!(MapInfo::from_pin(&pin).unwrap().value_size(), 32);
+    });
 }
 
 #[test]
 fn pods_pinned_by_another_layout_version_are_taken_over() {
-    let test = "pods_pinned_by_another_layout_version_are_taken_over";
-    let Some(node) = Node::new(test) else { return };
-    let (mut datapath, _) = node.open();
-    let pod = veth_pod("h0");
-    datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
-    drop(datapath);
-    fs::rename(node.pins(), node.bpffs.join("fairway/v0")).unwrap();
+    each_way("pods_pinned_by_another_layout_version_are_taken_over", |node, options| {
+        let (mut datapath, _) = node.open_with(options);
+        let pod = veth_pod("h0");
+        datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
+        drop(datapath);
+        fs::rename(node.pins(), node.bpffs.join("fairway/v0")).unwrap();
 
-    let (datapath, adoption) = node.open();
-    assert_eq!(adoption.adopted, [attachment("a")]);
-    assert!(!node.bpffs.join("fairway/v0").exists());
-    assert_eq!(node.pod_pins().len(), 1);
-    exchange(&pod, 2, 2, 10);
-    assert_eq!(counters(&datapath, "a"), udp(2, 2, 10));
-    if has_tcx(test, &datapath) {
-        assert_eq!(tcx_count("h0"), 2, "replaced, not added");
-    }
+        let (datapath, adoption) = node.open_with(options);
+        assert_eq!(adoption.adopted, [attachment("a")]);
+        assert!(!node.bpffs.join("fairway/v0").exists());
+        assert_eq!(node.pod_pins().len(), 1);
+        exchange(&pod, 2, 2, 10);
+        assert_eq!(counters(&datapath, "a"), udp(2, 2, 10));
+        assert_eq!(programs_on("h0"), 2, "replaced, not added");
+    });
 }
 
 #[test]
 fn attaching_and_detaching_again_changes_nothing() {
-    let Some(node) = Node::new("attaching_and_detaching_again_changes_nothing") else { return };
-    let (mut datapath, _) = node.open();
-    let pod = veth_pod("h0");
-    datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
-    exchange(&pod, 1, 0, 10);
-    let before = datapath.attached().unwrap();
-    datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
-    assert_eq!(datapath.attached().unwrap(), before);
-    assert_eq!(counters(&datapath, "a"), udp(1, 0, 10));
-    datapath.detach(&attachment("a")).unwrap();
-    datapath.detach(&attachment("a")).unwrap();
-    assert!(datapath.attached().unwrap().is_empty());
+    each_way("attaching_and_detaching_again_changes_nothing", |node, options| {
+        let (mut datapath, _) = node.open_with(options);
+        let pod = veth_pod("h0");
+        datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
+        exchange(&pod, 1, 0, 10);
+        let before = datapath.attached().unwrap();
+        datapath.attach(&attachment("a"), AttachMode::Veth, here("h0")).unwrap();
+        assert_eq!(datapath.attached().unwrap(), before);
+        assert_eq!(counters(&datapath, "a"), udp(1, 0, 10));
+        datapath.detach(&attachment("a")).unwrap();
+        datapath.detach(&attachment("a")).unwrap();
+        assert!(datapath.attached().unwrap().is_empty());
+    });
 }
 
 #[test]
 fn a_device_that_is_missing_is_an_error_that_leaves_nothing() {
-    let Some(node) = Node::new("a_device_that_is_missing_is_an_error_that_leaves_nothing") else { return };
-    let (mut datapath, _) = node.open();
-    for mode in [AttachMode::Veth, AttachMode::Exclusive] {
-        let error = datapath.attach(&attachment("a"), mode, here("nosuch0")).unwrap_err();
-        assert!(matches!(error, DatapathError::Attach { .. }), "{error}");
-    }
-    assert!(node.pod_pins().is_empty());
-    assert!(datapath.counters().unwrap().is_empty());
+    each_way("a_device_that_is_missing_is_an_error_that_leaves_nothing", |node, options| {
+        let (mut datapath, _) = node.open_with(options);
+        for mode in [AttachMode::Veth, AttachMode::Exclusive] {
+            let error = datapath.attach(&attachment("a"), mode, here("nosuch0")).unwrap_err();
+            assert!(matches!(error, DatapathError::Attach { .. }), "{error}");
+        }
+        assert!(node.pod_pins().is_empty());
+        assert!(datapath.counters().unwrap().is_empty());
+    });
 }
 
 #[test]

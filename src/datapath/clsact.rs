@@ -1,11 +1,12 @@
-//! Attaching where the kernel has no tcx (before 6.6): a filter of the device's
-//! clsact qdisc, which belongs to the device and goes with it.
+//! Attaching by a filter of the device's clsact qdisc, which belongs to the device
+//! and goes with it: devices that stay where they are, and kernels without tcx.
 //!
 //! Runs in the device's network namespace. Our filters have a fixed place in the
 //! chain, so that they are found and replaced in place after a restart.
 
 use std::io;
 
+use aya::programs::links::Link as _;
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
 use aya::programs::{ProgramError, SchedClassifier, TcAttachType};
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
@@ -26,10 +27,7 @@ const WIRE_HANDLE: wire::TcHandle = wire::TcHandle { major: 0, minor: 0xfa1 };
 pub(super) fn attach(program: &mut SchedClassifier, ifindex: u32, chain: TcxChain) -> io::Result<()> {
     let device = nix::net::if_::if_indextoname(ifindex)?;
     let device = device.to_str().map_err(io::Error::other)?;
-    let side = match chain {
-        TcxChain::Ingress => TcAttachType::Ingress,
-        TcxChain::Egress => TcAttachType::Egress,
-    };
+    let side = side(chain);
     if let Err(e) = tc::qdisc_add_clsact(device)
         && errno_of_tc(&e) != Some(libc::EEXIST)
     {
@@ -47,6 +45,24 @@ pub(super) fn attach(program: &mut SchedClassifier, ifindex: u32, chain: TcxChai
     // holds no descriptor.
     std::mem::forget(program.take_link(link).map_err(io::Error::other)?);
     Ok(())
+}
+
+/// Removes our filter. Success when there is none, or no such device.
+pub(super) fn detach(ifindex: u32, chain: TcxChain) -> io::Result<()> {
+    let Ok(device) = nix::net::if_::if_indextoname(ifindex) else { return Ok(()) };
+    if program_on(ifindex, chain)?.is_none() {
+        return Ok(());
+    }
+    let device = device.to_str().map_err(io::Error::other)?;
+    let ours = SchedClassifierLink::attached(device, side(chain), PRIORITY, HANDLE, None)?;
+    ours.detach().map_err(io::Error::other)
+}
+
+fn side(chain: TcxChain) -> TcAttachType {
+    match chain {
+        TcxChain::Ingress => TcAttachType::Ingress,
+        TcxChain::Egress => TcAttachType::Egress,
+    }
 }
 
 fn errno_of_tc(e: &TcError) -> Option<i32> {

@@ -117,11 +117,10 @@ impl fmt::Display for Device<'_> {
     }
 }
 
-/// Whether this kernel lacks tcx, judging by how it refused a link.
-pub(super) fn no_tcx(refusal: &io::Error) -> bool {
-    // 5.7 to 6.5 do not know the attach type; 5.10 without CONFIG_NET_XGRESS
-    // and kernels before links answer the same.
-    refusal.raw_os_error() == Some(libc::EINVAL)
+/// Whether this kernel has tcx: one without it does not know the attach type.
+pub(super) fn has_tcx() -> bool {
+    const LOOPBACK: u32 = 1;
+    bpf::tcx_links_on(LOOPBACK, TcxChain::Ingress).is_ok()
 }
 
 /// One chain's tcx link, found on the device itself rather than by number alone:

@@ -14,12 +14,14 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 use fairway_ebpf_abi::{Endpoint, IN_POD, LAYOUT_VERSION};
 
 use super::hook::{Direction, Place};
 use crate::model::AttachmentId;
+use crate::sys::bpf;
 
 /// `f_type` of a BPF file system.
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
@@ -148,6 +150,18 @@ pub(super) fn pin_of(dir: &Path, direction: Direction) -> PathBuf {
         Direction::Egress => "egress",
         Direction::Ingress => "ingress",
     })
+}
+
+/// Pins a program in the place of the one pinned at `path`; at every instant one
+/// of the two is there.
+pub(super) fn replace(program: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let next = path.with_file_name("next");
+    match fs::remove_file(&next) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    bpf::pin(program, &next)?;
+    fs::rename(&next, path)
 }
 
 /// Removes a directory and what is pinned in it. Done again it is success.

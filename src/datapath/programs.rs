@@ -12,7 +12,7 @@ use std::path::Path;
 use aya::maps::{MapInfo, MapType, PerCpuHashMap};
 use aya::programs::{ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
-use fairway_ebpf_abi::{COUNTERS, Counters, ENDPOINT, Endpoint, MAX_ENDPOINTS, POD_EGRESS, POD_INGRESS};
+use fairway_ebpf_abi::{COUNTERS, Counters, ENDPOINT, Endpoint, IN_POD, MAX_ENDPOINTS, POD_EGRESS, POD_INGRESS};
 
 use super::hook::Direction;
 use super::pins::Pins;
@@ -99,29 +99,55 @@ pub(super) fn rotate_foreign_maps(pins: &Pins) -> io::Result<Vec<String>> {
 
 pub(super) type CounterMap = PerCpuHashMap<aya::maps::MapData, Endpoint, Counters>;
 
+/// The constants that programs are loaded with: 0, and every number of a device
+/// inside a pod. The loader keeps references to them.
+static NUMBERS: [Endpoint; MAX_ENDPOINTS as usize + 1] = {
+    let mut numbers = [0; MAX_ENDPOINTS as usize + 1];
+    let mut i = 0;
+    while i < MAX_ENDPOINTS {
+        numbers[i as usize + 1] = IN_POD + i;
+        i += 1;
+    }
+    numbers
+};
+
+/// Loads the object, any number of times.
+pub(super) struct Loader {
+    loader: EbpfLoader<'static>,
+}
+
+impl Loader {
+    pub(super) fn new(pins: &Pins) -> Self {
+        let mut loader = EbpfLoader::new();
+        // The kernel's own types, megabytes of them, serve relocations that this
+        // object does not have.
+        loader.btf(None).verifier_log_level(VerifierLogLevel::DISABLE);
+        for spec in &MAPS {
+            loader.map_pin_path(spec.name, pins.map(spec.name));
+        }
+        Self { loader }
+    }
+
+    /// `endpoint` is the number the programs count under; 0 makes them use the
+    /// interface index.
+    pub(super) fn load(&mut self, endpoint: Endpoint) -> Result<Programs, DatapathError> {
+        let number = NUMBERS.iter().find(|n| **n == endpoint).ok_or(DatapathError::Full)?;
+        self.loader.override_global(ENDPOINT, number, true);
+        let object = self.loader.load(OBJECT).map_err(|e| refusal("the eBPF object", &e))?;
+        let mut programs = Programs { object };
+        for direction in Direction::BOTH {
+            programs.get(direction)?.load().map_err(|e| refusal(name_of(direction), &e))?;
+        }
+        Ok(programs)
+    }
+}
+
 /// One load of the object: its programs, over the pinned maps.
 pub(super) struct Programs {
     object: Ebpf,
 }
 
 impl Programs {
-    /// `endpoint` is the number the programs count under; `None` makes them use
-    /// the interface index.
-    pub(super) fn load(pins: &Pins, endpoint: Option<Endpoint>) -> Result<Self, DatapathError> {
-        let endpoint = endpoint.unwrap_or(0);
-        let mut loader = EbpfLoader::new();
-        loader.verifier_log_level(VerifierLogLevel::DISABLE).override_global(ENDPOINT, &endpoint, true);
-        for spec in &MAPS {
-            loader.map_pin_path(spec.name, pins.map(spec.name));
-        }
-        let object = loader.load(OBJECT).map_err(|e| refusal("the eBPF object", &e))?;
-        let mut programs = Self { object };
-        for direction in Direction::BOTH {
-            programs.get(direction)?.load().map_err(|e| refusal(name_of(direction), &e))?;
-        }
-        Ok(programs)
-    }
-
     pub(super) fn get(&mut self, direction: Direction) -> Result<&mut SchedClassifier, DatapathError> {
         let name = name_of(direction);
         let program = self.object.program_mut(name).ok_or(ProgramError::NotLoaded);
