@@ -36,9 +36,10 @@ pub async fn get(endpoint: &Listen, path: &str) -> Result<Value, StatusError> {
 /// The agent's answer to `GET path`, as it came.
 pub async fn get_text(endpoint: &Listen, path: &str) -> Result<Bytes, StatusError> {
     let (name, asked) = match endpoint {
-        Listen::Tcp(addr) => {
-            (addr.to_string(), tokio::time::timeout(PATIENCE, async { ask(TcpStream::connect(addr).await, path).await }).await)
-        }
+        Listen::Tcp(addr) => (
+            addr.to_string(),
+            tokio::time::timeout(PATIENCE, async { ask(TcpStream::connect(addr).await, path).await }).await,
+        ),
         Listen::Unix(socket) => (
             socket.display().to_string(),
             tokio::time::timeout(PATIENCE, async { ask(UnixStream::connect(socket).await, path).await }).await,
