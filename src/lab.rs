@@ -19,5 +19,7 @@ pub mod manifest;
 pub mod node;
 /// The VPC: router, ENI devices, NAT gateway, load balancer, a VM.
 pub mod vpc;
+/// The whole lab assembled, from the VPC to the nodes' kubelets.
+pub mod site;
 /// What runs in a pod, and clients that reach it.
 pub mod workload;
