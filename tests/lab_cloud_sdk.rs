@@ -3,6 +3,8 @@
 //! The SDK comes from PyPI into a virtual environment below `target/tmp`, once.
 //! Without Python or a package index the test is skipped, loudly.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs::File;
 use std::io::Write as _;
 use std::net::TcpListener;
