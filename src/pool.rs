@@ -32,6 +32,7 @@ pub mod state;
 pub mod step;
 mod turn;
 mod why;
+pub use why::{Why, why};
 pub mod work;
 
 use std::collections::BTreeMap;

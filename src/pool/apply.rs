@@ -50,7 +50,7 @@ impl State {
                     reserve: *reserve,
                     recovered: false,
                 };
-                self.address(lease.v4)?.state = AddressState::Leased(held);
+                self.address(lease.v4)?.state = AddressState::Leased(Box::new(held));
             }
             Step::Confirm { v4 } => {
                 let held = self.held(*v4)?;
@@ -84,7 +84,7 @@ impl State {
                 lease.v6 = address.v6;
                 let held = Held { lease, phase, since: now, reserve: None, recovered: true };
                 let v4 = held.lease.v4;
-                self.address(v4)?.state = AddressState::Leased(held);
+                self.address(v4)?.state = AddressState::Leased(Box::new(held));
             }
 
             Step::CreateEni { key, purpose, vswitch, ipv4, ipv6 } => {
@@ -178,7 +178,7 @@ impl State {
                 self.forget(*key);
             }
             Step::EniLost { key } => self.lose(*key)?,
-            Step::AdoptEni { key, purpose, token, phase, eni, ipv4, ipv6 } => {
+            Step::AdoptEni { key, purpose, token, phase, eni, ipv4, ipv6, quarantine } => {
                 if self.enis.values().any(|e| e.eni.as_ref().is_some_and(|e| e.id == eni.id)) {
                     return Err(format!("{} is known already", eni.id));
                 }
@@ -196,6 +196,10 @@ impl State {
                 };
                 self.enis.insert(*key, Arc::new(record));
                 self.add(*key, ipv4, ipv6, now)?;
+                let added: Vec<Ipv4Addr> = self.of_eni(*key).map(|(ip, _)| ip).collect();
+                for ip in added {
+                    self.address(ip)?.state = AddressState::Cooling { until: now.plus(*quarantine) };
+                }
             }
 
             Step::AssignIpv4 { key, count } => {

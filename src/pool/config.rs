@@ -135,8 +135,8 @@ pub mod duration {
     pub fn serialize<S: Serializer>(d: &Duration, s: S) -> Result<S::Ok, S::Error> {
         let ms = d.as_millis();
         match ms {
-            _ if ms % 1000 != 0 => s.collect_str(&format_args!("{ms}ms")),
-            _ if ms == 0 || ms % 60_000 != 0 => s.collect_str(&format_args!("{}s", ms / 1000)),
+            _ if !ms.is_multiple_of(1000) => s.collect_str(&format_args!("{ms}ms")),
+            _ if ms == 0 || !ms.is_multiple_of(60_000) => s.collect_str(&format_args!("{}s", ms / 1000)),
             _ => s.collect_str(&format_args!("{}m", ms / 60_000)),
         }
     }

@@ -174,8 +174,13 @@ impl Pool {
         }
         let recently = |key: &EniKey| self.touched.get(key).is_some_and(|t| *t + Duration::from_secs(2) >= began);
         let busy = |key: EniKey| self.running.contains_key(&Subject::Eni(key)) || recently(&key);
-        let sight =
-            Sight { enis: &seen.enis, vswitches: &self.demand.vswitches, busy: &busy, missed: &self.looking.missed };
+        let sight = Sight {
+            enis: &seen.enis,
+            vswitches: &self.demand.vswitches,
+            busy: &busy,
+            missed: &self.looking.missed,
+            quarantine: self.config.quarantine,
+        };
         let (mut steps, missing) = reconcile::with_cloud(&self.state, &sight, self.clock.now());
         if seen.everything {
             let foreign = reconcile::foreign(&self.state, &seen.enis);

@@ -80,6 +80,7 @@ pub struct Sight<'a> {
     pub busy: &'a dyn Fn(EniKey) -> bool,
     /// ENIs the look before did not show either.
     pub missed: &'a BTreeSet<EniKey>,
+    pub quarantine: Duration,
 }
 
 /// Steps that bring the ledger to what the cloud shows, and the ENIs it lacks.
@@ -110,7 +111,7 @@ pub fn with_cloud(state: &State, sight: &Sight<'_>, now: Time) -> (Vec<Step>, BT
     }
     let mut number = state.meta.next;
     for seen in sight.enis.iter().filter(|e| !known.contains(&e.id) && is_ours(state, e)) {
-        if let Some(step) = adopt(state, seen, EniKey(number), sight.vswitches) {
+        if let Some(step) = adopt(state, seen, EniKey(number), sight) {
             steps.push(step);
             number += 1;
         }
@@ -204,7 +205,7 @@ fn sync(state: &State, key: EniKey, seen: &cloud::Eni, now: Time, steps: &mut Ve
     }
 }
 
-fn adopt(state: &State, seen: &cloud::Eni, key: EniKey, vswitches: &BTreeMap<VSwitchId, VSwitch>) -> Option<Step> {
+fn adopt(state: &State, seen: &cloud::Eni, key: EniKey, sight: &Sight<'_>) -> Option<Step> {
     let elsewhere = seen.instance.as_ref().is_some_and(|i| *i != state.meta.instance && !i.as_str().is_empty());
     let phase = match seen.status {
         EniStatus::InUse | EniStatus::Attaching if !elsewhere => Phase::Attaching { accepted: true },
@@ -217,11 +218,12 @@ fn adopt(state: &State, seen: &cloud::Eni, key: EniKey, vswitches: &BTreeMap<VSw
         _ => Purpose::Shared,
     };
     let token = seen.tags.get(TAG_TOKEN).cloned().unwrap_or_else(|| format!("adopted-{}", seen.id));
-    let eni = Box::new(eni_ref(seen, vswitches.get(&seen.vswitch)?));
+    let eni = Box::new(eni_ref(seen, sight.vswitches.get(&seen.vswitch)?));
     let serves = matches!(phase, Phase::Attaching { .. });
     let list = |on: bool| if on { (seen.ipv4.clone(), seen.ipv6.clone()) } else { Default::default() };
     let (ipv4, ipv6) = list(serves);
-    Some(Step::AdoptEni { key, purpose, token: ClientToken(token), phase, eni, ipv4, ipv6 })
+    let quarantine = sight.quarantine;
+    Some(Step::AdoptEni { key, purpose, token: ClientToken(token), phase, eni, ipv4, ipv6, quarantine })
 }
 
 /// After a start: the node's own side. `rebuilt` when the ledger was new, empty

@@ -179,10 +179,10 @@ where
             Ok(value) => return Ok(value),
             Err(error) => error,
         };
-        if let AskError::Domain(e) = &error {
-            if matches!(e.kind, CloudErrorKind::Forbidden | CloudErrorKind::Rejected | CloudErrorKind::NotFound) {
-                return Err(StartError(format!("cannot learn {what}: {error}")));
-            }
+        if let AskError::Domain(e) = &error
+            && matches!(e.kind, CloudErrorKind::Forbidden | CloudErrorKind::Rejected | CloudErrorKind::NotFound)
+        {
+            return Err(StartError(format!("cannot learn {what}: {error}")));
         }
         tracing::warn!(%error, "Cannot learn {what} yet");
         tokio::time::sleep(wait).await;

@@ -192,7 +192,7 @@ impl Held {
 #[serde(rename_all = "lowercase")]
 pub enum AddressState {
     Idle { since: Time },
-    Leased(Held),
+    Leased(Box<Held>),
     Cooling { until: Time },
     Reserved { pod: PodKey, until: Time },
     Releasing { since: Time },

@@ -61,10 +61,11 @@ steps! {
     EniDeleted = "eni-deleted" { key: EniKey }
     /// The cloud does not have it (any more).
     EniLost = "eni-lost" { key: EniKey }
-    /// An ENI of ours that the ledger did not know.
+    /// An ENI of ours that the ledger did not know. Its addresses cool down:
+    /// who used them last is not known either.
     AdoptEni = "adopt-eni" {
         key: EniKey, purpose: Purpose, token: ClientToken, phase: Phase,
-        eni: Box<EniRef>, ipv4: Vec<Ipv4Addr>, ipv6: Vec<Ipv6Addr>,
+        eni: Box<EniRef>, ipv4: Vec<Ipv4Addr>, ipv6: Vec<Ipv6Addr>, quarantine: Duration,
     }
 
     // Addresses.

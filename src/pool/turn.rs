@@ -9,9 +9,9 @@ use super::demand::Demand;
 use super::outcome::{Answer, Trouble, meaning};
 use super::state::{LeasePhase, Purpose, State};
 use super::step::Step;
-use super::why::{Why, why};
 use super::work::{Subject, Work};
 use super::{Allocate, BeginRelease, Confirm, FinishRelease, Leases, Lookup, Pool, PoolError, Waiting, plan};
+use super::{Why, why};
 use crate::actor::{Ctx, Responder};
 use crate::model::AttachmentId;
 

@@ -40,16 +40,17 @@ impl Planner<'_> {
         let waiting = self.waiting(Purpose::Shared);
         let demand = waiting + self.expected(Purpose::Shared);
         let (low, refill_to) = (self.config.min_idle, self.config.refill_to());
+        let need = self.supply(Purpose::Shared).shortage(demand, low, refill_to);
+        self.assign_to_attached(need);
+        // What is still short after those calls; a stock that is merely not
+        // full is no reason for another ENI.
         let mut need = self.supply(Purpose::Shared).shortage(demand, low, refill_to);
-        if need == 0 {
-            return;
-        }
-        need = need.saturating_sub(self.assign_to_attached(need));
         need = need.saturating_sub(self.latent_room());
         // A create costs the same call with all of an ENI's addresses as with
-        // one; with pods to serve it takes them all, and the next pods cost
+        // one: a node that has pods takes them all, and the next pods cost
         // nothing. What stays unused goes back after the release delay.
-        let full = if demand > 0 { self.state.per_eni() } else { 0 };
+        let has_pods = demand > 0 || self.state.leases().next().is_some();
+        let full = if has_pods { self.state.per_eni() } else { 0 };
         while need > 0 {
             if self.free_places() == 0 {
                 if waiting > 0 {
@@ -64,8 +65,8 @@ impl Planner<'_> {
     }
 
     /// One call for each attached ENI that is needed, those with most room
-    /// first: that makes the fewest calls. Returns how many will come.
-    fn assign_to_attached(&mut self, need: u32) -> u32 {
+    /// first: that makes the fewest calls.
+    fn assign_to_attached(&mut self, need: u32) {
         let per_eni = self.state.per_eni();
         let mut rooms: Vec<(u32, EniKey)> = Vec::new();
         for (key, eni) in &self.state.enis {
@@ -78,6 +79,9 @@ impl Planner<'_> {
         rooms.sort_by_key(|(room, key)| (std::cmp::Reverse(*room), *key));
         let mut got = 0;
         for (room, key) in rooms {
+            if got >= need {
+                break;
+            }
             let vswitch = self.state.enis.get(&key).map(|e| e.vswitch.clone());
             let offered = vswitch.as_ref().map_or(0, |v| self.available(v).unwrap_or(u32::MAX));
             let count = room.min(need - got).min(offered);
@@ -85,11 +89,7 @@ impl Planner<'_> {
                 self.note_taken(vswitch, count);
                 got += count;
             }
-            if got >= need {
-                break;
-            }
         }
-        got
     }
 
     /// Room on ENIs that are busy now and can be asked when they are not: a call

@@ -50,11 +50,13 @@ impl Planner<'_> {
         let mut candidates: Vec<(usize, EniKey, Time, Ipv4Addr)> = Vec::new();
         for (ip, address) in &self.state.addresses {
             let Some(eni) = self.state.enis.get(&address.eni) else { continue };
-            if eni.purpose == Purpose::Shared && !eni.is_primary_address(*ip) && self.quiet(address.eni) {
-                if let Some(since) = address.idle_since() {
-                    let leases = self.state.of_eni(address.eni).filter(|(_, a)| a.held().is_some()).count();
-                    candidates.push((leases, address.eni, since, *ip));
-                }
+            if eni.purpose == Purpose::Shared
+                && !eni.is_primary_address(*ip)
+                && self.quiet(address.eni)
+                && let Some(since) = address.idle_since()
+            {
+                let leases = self.state.of_eni(address.eni).filter(|(_, a)| a.held().is_some()).count();
+                candidates.push((leases, address.eni, since, *ip));
             }
         }
         candidates.retain(|(.., since, _)| self.aged(Some(*since)));
