@@ -26,7 +26,7 @@ pub struct Config {
     pub pool: pool::Config,
     pub netns: netns::Config,
     pub cni: cni::Config,
-    pub kubernetes: cluster::Config,
+    pub cluster: cluster::Config,
     pub debug: debug::Config,
 }
 
@@ -41,7 +41,7 @@ impl Default for Config {
             pool: pool::Config::default(),
             netns: netns::Config::default(),
             cni: cni::Config::default(),
-            kubernetes: cluster::Config::default(),
+            cluster: cluster::Config::default(),
             debug: debug::Config::default(),
         }
     }

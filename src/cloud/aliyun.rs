@@ -160,7 +160,7 @@ impl Aliyun {
     }
 
     async fn done(&self, api: Api, params: Params) -> Result<(), Failure> {
-        self.rpc(api, params).await.map(drop)
+        self.decoded(api, params, decode::done).await
     }
 
     async fn decoded<T>(

@@ -48,6 +48,9 @@ impl Gate {
         let ticket = self.throttle.borrow_mut().enter(self.now(), api, lane);
         let pass = Pass { gate: self.clone(), ticket };
         loop {
+            if Instant::now() >= deadline {
+                return None;
+            }
             let changed = self.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
@@ -62,11 +65,7 @@ impl Gate {
             let wake = grants.wake.map_or(deadline, |wake| (self.began + wake).min(deadline));
             tokio::select! {
                 () = changed => {}
-                () = tokio::time::sleep_until(wake) => {
-                    if Instant::now() >= deadline {
-                        return None;
-                    }
-                }
+                () = tokio::time::sleep_until(wake) => {}
             }
         }
     }

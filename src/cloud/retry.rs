@@ -25,7 +25,8 @@ pub fn decide(kind: &CloudErrorKind, attempts: u32, remaining: Duration, random:
     let (first, most, floor) = match kind {
         CloudErrorKind::Transport => (Duration::from_millis(200), Duration::from_secs(5), Duration::ZERO),
         CloudErrorKind::Conflict => (Duration::from_millis(500), Duration::from_secs(5), Duration::ZERO),
-        CloudErrorKind::Throttled { retry_after } => (Duration::from_secs(1), Duration::from_secs(10), *retry_after),
+        // The adaptive rate does the waiting; this spreads what comes back.
+        CloudErrorKind::Throttled { retry_after } => (Duration::from_millis(500), Duration::from_secs(5), *retry_after),
         CloudErrorKind::VSwitchExhausted
         | CloudErrorKind::InstanceEniLimit
         | CloudErrorKind::InstanceIpLimit

@@ -270,6 +270,8 @@ impl Desk {
         devices.set(Dev::Pod, 0, &lease.attachment.ifname);
         devices.set(Dev::NodeLink, 0, &names.host);
         devices.set(Dev::Shaper, 0, &names::shaper(&names.host));
+        // Index 1 in every namespace.
+        devices.set(Dev::Loopback, 1, "lo");
         Site {
             host: &mut self.nl,
             home: &self.home,

@@ -169,7 +169,7 @@ impl Desk {
         }
         let table = eni_table(self.shared.config.table_base, eni);
         for p in read::routes(&mut self.nl, table, None)?.into_iter().filter(|p| p.ours) {
-            let dev = devices.role(p.index).unwrap_or(Dev::HostLink);
+            let dev = devices.role(Side::Node, p.index).unwrap_or(Dev::HostLink);
             let value = Value::Route { dev, via: p.via, source: p.source };
             state.insert(Key::Route(Side::Node, table, p.to), value);
         }

@@ -25,7 +25,7 @@ use netlink_packet_route::tc::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 
 use super::nl::{GONE, Request, THERE};
-use super::objects::{Dev, Key, Link, LinkKind, PROTOCOL, Selector, TokenBucket, Value, word};
+use super::objects::{Dev, Key, Link, LinkKind, PROTOCOL, Selector, Side, TokenBucket, Value, word};
 use crate::model::Mac;
 
 /// Which device plays which role, by index and name. Index 0: not there yet.
@@ -44,8 +44,9 @@ impl Devices {
     pub(super) fn name(&self, dev: Dev) -> &str {
         self.map.get(&dev).map_or("?", |(_, name)| name)
     }
-    pub(super) fn role(&self, index: u32) -> Option<Dev> {
-        self.map.iter().find(|(_, (i, _))| *i == index && index != 0).map(|(dev, _)| *dev)
+    /// Who has an index; each namespace counts for itself.
+    pub(super) fn role(&self, side: Side, index: u32) -> Option<Dev> {
+        self.map.iter().find(|(dev, (i, _))| *i == index && index != 0 && dev.side() == side).map(|(dev, _)| *dev)
     }
 }
 
@@ -121,7 +122,10 @@ pub(super) fn delete(key: &Key, value: &Value, devices: &Devices, out: &mut Vec<
         (Key::Address(dev, net), _) => Rtnl::DelAddress(address(devices.index(*dev), *net)),
         (Key::Neighbour(dev, ip), _) => Rtnl::DelNeighbour(neighbour(devices.index(*dev), *ip, None)),
         (Key::Route(_, table, to), Value::Route { dev, .. }) => {
-            Rtnl::DelRoute(route(*table, *to, devices.index(*dev), None, None))
+            let mut message = route(*table, *to, devices.index(*dev), None, None);
+            // Whatever its scope.
+            message.header.scope = RouteScope::NoWhere;
+            Rtnl::DelRoute(message)
         }
         (Key::Rule(priority, selector), Value::Rule(table)) => Rtnl::DelRule(rule(*priority, *selector, *table)),
         (Key::Queue(dev), _) => Rtnl::DelQueueDiscipline(qdisc(devices.index(*dev), TcHandle::ROOT)),

@@ -81,6 +81,8 @@ pub enum Setting {
     DisableIpv6,
     AcceptRa,
     AcceptDad,
+    /// 1: no link-local address of its own.
+    AddrGenMode,
     RpFilter,
     Forwarding4,
 }
@@ -92,6 +94,7 @@ impl Setting {
             Setting::DisableIpv6 => ("ipv6", "disable_ipv6"),
             Setting::AcceptRa => ("ipv6", "accept_ra"),
             Setting::AcceptDad => ("ipv6", "accept_dad"),
+            Setting::AddrGenMode => ("ipv6", "addr_gen_mode"),
             Setting::RpFilter => ("ipv4", "rp_filter"),
             Setting::Forwarding4 => ("ipv4", "forwarding"),
         };

@@ -101,6 +101,9 @@ pub(super) fn veth_pair(state: &mut State, names: &LinkNames, peer: Dev, mtu: u3
     // cannot send IPv4 packets with another's source.
     state.insert(Key::Setting(Dev::HostLink, Setting::RpFilter), Value::Setting(1));
     state.insert(Key::Setting(Dev::HostLink, Setting::Forwarding4), Value::Setting(1));
+    // Neighbours are permanent: nothing on this link needs a link-local address,
+    // its duplicate detection or its multicast reports.
+    state.insert(Key::Setting(Dev::HostLink, Setting::AddrGenMode), Value::Setting(1));
 }
 
 /// The lease's addresses with the node's source address of the same family.
@@ -128,34 +131,69 @@ pub fn token_bucket(bits_per_second: u64, mtu: u32) -> TokenBucket {
     TokenBucket { rate, burst: burst as u32, limit: limit as u32 }
 }
 
-/// The operations that turn `actual` into `desired`.
+/// The operations that turn `actual` into `desired`, in an order that works.
+///
+/// Addresses are removed after new ones are there: with its last IPv4 address a
+/// device loses its routes and neighbours.
 pub fn diff(desired: &State, actual: &State) -> Result<Vec<Op>, Conflict> {
     let doomed = doomed(desired, actual)?;
-    let stays = |key: &Key, value: &Value| {
-        let own = matches!(key, Key::Link(dev) if doomed.contains(dev));
-        !own && !needs(key, value).iter().flatten().any(|dev| doomed.contains(dev))
+    let stays = |key: &Key, value: &Value| match key {
+        Key::Link(dev) => !doomed.contains(dev),
+        // A device that gets another hardware address forgets its neighbours.
+        Key::Neighbour(dev, _) if new_mac(*dev, desired, actual) => false,
+        _ => !needs(key, value).iter().flatten().any(|dev| doomed.contains(dev)),
     };
     let mut ops = Vec::new();
+    let mut addresses = Vec::new();
     for (key, value) in actual.iter().rev() {
-        let remove = match (key, value) {
+        match (key, value) {
             (Key::Link(dev), Value::Link(link)) => {
-                doomed.contains(dev) && !matches!(link.kind, LinkKind::Peer | LinkKind::Foreign | LinkKind::Given)
+                let goes_with_another = matches!(link.kind, LinkKind::Peer | LinkKind::Foreign | LinkKind::Given);
+                if doomed.contains(dev) && !goes_with_another {
+                    ops.push(Op::Delete(key.clone(), value.clone()));
+                }
             }
-            // What hangs on a device that goes, goes with it. A device that is
-            // given keeps its settings: what they were before nobody knows.
-            _ => stays(key, value) && !desired.contains_key(key) && !matches!(key, Key::Setting(..)),
-        };
-        if remove {
-            ops.push(Op::Delete(key.clone(), value.clone()));
+            // A device that is given keeps its settings: what they were before
+            // nobody knows.
+            (Key::Setting(..), _) => {}
+            _ if desired.contains_key(key) || !stays(key, value) => {}
+            (Key::Address(..), _) => addresses.push(Op::Delete(key.clone(), value.clone())),
+            _ => ops.push(Op::Delete(key.clone(), value.clone())),
         }
     }
+    let first_after_addresses = |key: &Key| !matches!(key, Key::Link(_) | Key::Setting(..) | Key::Address(..));
+    let mut addresses = Some(addresses);
     for (key, wanted) in desired {
+        if first_after_addresses(key) {
+            ops.extend(addresses.take().unwrap_or_default());
+        }
         let there = actual.get(key).filter(|value| stays(key, value));
         if !there.is_some_and(|value| matches_wish(value, wanted)) {
-            ops.push(Op::Put(key.clone(), wanted.clone()));
+            ops.push(Op::Put(key.clone(), change(wanted, there)));
         }
     }
+    ops.extend(addresses.take().unwrap_or_default());
     Ok(ops)
+}
+
+fn new_mac(dev: Dev, desired: &State, actual: &State) -> bool {
+    let mac = |state: &State| match state.get(&Key::Link(dev)) {
+        Some(Value::Link(link)) => link.mac,
+        _ => None,
+    };
+    matches!((mac(desired), mac(actual)), (Some(wanted), Some(there)) if wanted != there)
+}
+
+/// What to ask for: of a device that stays, only what is not so already.
+fn change(wanted: &Value, there: Option<&Value>) -> Value {
+    match (wanted, there) {
+        (Value::Link(wanted), Some(Value::Link(there))) => Value::Link(Link {
+            mac: wanted.mac.filter(|_| wanted.mac != there.mac),
+            mtu: wanted.mtu.filter(|_| wanted.mtu != there.mtu),
+            ..wanted.clone()
+        }),
+        _ => wanted.clone(),
+    }
 }
 
 /// Devices of `actual` that have to go, with their peers.

@@ -277,7 +277,7 @@ pub(super) fn on_device(nl: &mut Nl, dev: Dev, devices: &Devices, state: &mut St
             state.insert(Key::Queue(dev), Value::Queue(bucket));
         }
         if q.attributes.contains(&TcAttribute::Kind("ingress".to_owned()))
-            && let Some(to) = redirect_target(nl, index)?.and_then(|to| devices.role(to))
+            && let Some(to) = redirect_target(nl, index)?.and_then(|to| devices.role(dev.side(), to))
         {
             state.insert(Key::Redirect(dev), Value::Redirect(to));
         }
@@ -369,7 +369,7 @@ fn redirect_target(nl: &mut Nl, index: u32) -> Result<Option<u32>, NlError> {
 /// Our routes of a pod's namespace, and the addresses they serve.
 pub(super) fn pod_routes(nl: &mut Nl, devices: &Devices, state: &mut State) -> Result<(), NlError> {
     for p in routes(nl, MAIN, None)?.into_iter().filter(|p| p.ours) {
-        if let Some(dev) = devices.role(p.index).filter(|d| d.side() == Side::Pod) {
+        if let Some(dev) = devices.role(Side::Pod, p.index) {
             let value = Value::Route { dev, via: p.via, source: p.source };
             state.insert(Key::Route(Side::Pod, MAIN, p.to), value);
         }
@@ -406,7 +406,7 @@ pub(super) fn node_routes_and_rules(
         for p in routes(nl, table, None)?.into_iter().filter(|p| p.ours) {
             let key = Key::Route(Side::Node, table, p.to);
             // The table belongs to all pods of the ENI.
-            if let (true, Some(dev)) = (desired.contains_key(&key), devices.role(p.index)) {
+            if let (true, Some(dev)) = (desired.contains_key(&key), devices.role(Side::Node, p.index)) {
                 state.insert(key, Value::Route { dev, via: p.via, source: p.source });
             }
         }

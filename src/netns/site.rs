@@ -156,6 +156,10 @@ impl Site<'_> {
         let mut gone = BTreeSet::new();
         for op in ops {
             let Op::Delete(key, value) = op else { continue };
+            if matches!(key, Key::Address(..)) {
+                // In its place among the additions.
+                continue;
+            }
             match (key, value) {
                 (Key::Link(Dev::Pod), Value::Link(Link { kind: LinkKind::MovedEni, mac, .. })) => {
                     let name = super::names::eni_home_name(mac.or(self.eni_mac).unwrap_or(Mac([0; 6])));
@@ -223,9 +227,14 @@ impl Site<'_> {
         let mut node = Vec::new();
         let mut pod = Vec::new();
         for op in ops {
-            let Op::Put(key, value) = op else { continue };
+            let (Op::Put(key, value) | Op::Delete(key, value)) = op;
             let out = if side(key, value) == Side::Node { &mut node } else { &mut pod };
             match key {
+                _ if matches!(op, Op::Delete(..)) => {
+                    if matches!(key, Key::Address(..)) {
+                        message::delete(key, value, &self.devices, out);
+                    }
+                }
                 Key::Link(dev) if fresh.contains(dev) => {
                     out.push(message::link_up(self.devices.name(*dev), self.devices.index(*dev)));
                 }
@@ -331,7 +340,7 @@ fn write_setting(path: &str, value: u32, setting: super::objects::Setting) -> Re
         // A kernel without IPv6 accepts no advertisement either.
         Err(e)
             if e.kind() == std::io::ErrorKind::NotFound
-                && matches!(setting, Setting::AcceptRa | Setting::AcceptDad) =>
+                && matches!(setting, Setting::AcceptRa | Setting::AcceptDad | Setting::AddrGenMode) =>
         {
             Ok(())
         }

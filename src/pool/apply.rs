@@ -199,13 +199,15 @@ impl State {
             }
 
             Step::AssignIpv4 { key, count } => {
-                let busy = |e: &mut Eni| (e.ready() && e.assign4.is_none()).then_some(()).ok_or("it is busy".to_owned());
+                let busy =
+                    |e: &mut Eni| (e.ready() && e.assign4.is_none()).then_some(()).ok_or("it is busy".to_owned());
                 busy(self.eni(*key)?)?;
                 let token = self.token();
                 self.eni(*key)?.assign4 = Some(Assign { token, count: *count });
             }
             Step::AssignIpv6 { key, count } => {
-                let busy = |e: &mut Eni| (e.ready() && e.assign6.is_none()).then_some(()).ok_or("it is busy".to_owned());
+                let busy =
+                    |e: &mut Eni| (e.ready() && e.assign6.is_none()).then_some(()).ok_or("it is busy".to_owned());
                 busy(self.eni(*key)?)?;
                 let token = self.token();
                 self.eni(*key)?.assign6 = Some(Assign { token, count: *count });

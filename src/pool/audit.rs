@@ -123,7 +123,11 @@ impl Audit<'_> {
             let Some((key, record)) = record else {
                 let ours = tags.iter().all(|(k, v)| eni.tags.get(k) == Some(v));
                 if ours && eni.status != EniStatus::Deleting {
-                    self.find(FindingKind::LeakedEni, &eni.id, format!("{:?} in the cloud, not in the ledger", eni.status));
+                    self.find(
+                        FindingKind::LeakedEni,
+                        &eni.id,
+                        format!("{:?} in the cloud, not in the ledger", eni.status),
+                    );
                 }
                 continue;
             };
@@ -159,7 +163,11 @@ impl Audit<'_> {
         for record in state.enis.values() {
             let Some(ours) = &record.eni else { continue };
             if record.phase != Phase::Deleting && !enis.iter().any(|e| e.id == ours.id) {
-                self.find(FindingKind::LostEni, &ours.id, format!("{:?} in the ledger, not in the cloud", record.phase));
+                self.find(
+                    FindingKind::LostEni,
+                    &ours.id,
+                    format!("{:?} in the ledger, not in the cloud", record.phase),
+                );
             }
         }
     }
@@ -194,7 +202,8 @@ impl Audit<'_> {
             let detail = format!("{} host links for {linked} leases", kernel.host_links.len());
             self.find(FindingKind::LeakedLink, "host links", detail);
         }
-        let wired = state.leases().filter(|(_, h)| h.phase == LeasePhase::Wired && h.lease.mode == AttachMode::Veth).count();
+        let wired =
+            state.leases().filter(|(_, h)| h.phase == LeasePhase::Wired && h.lease.mode == AttachMode::Veth).count();
         if kernel.host_links.len() < wired {
             let detail = format!("{} host links for {wired} wired leases", kernel.host_links.len());
             self.find(FindingKind::MissingLink, "host links", detail);
@@ -203,7 +212,11 @@ impl Audit<'_> {
             let in_pod = record.purpose == Purpose::Exclusive && state.of_eni(*key).any(|(_, a)| a.held().is_some());
             let Some(eni) = record.eni.as_ref().filter(|_| !in_pod) else { continue };
             if !kernel.enis.iter().any(|(mac, _)| *mac == eni.mac) {
-                self.find(FindingKind::MissingDevice, &eni.id, format!("no device with address {} on the node", eni.mac));
+                self.find(
+                    FindingKind::MissingDevice,
+                    &eni.id,
+                    format!("no device with address {} on the node", eni.mac),
+                );
             }
         }
     }
@@ -212,7 +225,11 @@ impl Audit<'_> {
         let pods = pods.as_deref().map(Vec::as_slice).unwrap_or_default();
         for (v4, held) in self.state.leases().filter(|(_, h)| h.phase == LeasePhase::Wired) {
             if !pods.iter().any(|p| p.pod == held.lease.pod) {
-                self.find(FindingKind::StaleLease, v4, format!("leased to {}, which the cluster does not know", held.lease.pod));
+                self.find(
+                    FindingKind::StaleLease,
+                    v4,
+                    format!("leased to {}, which the cluster does not know", held.lease.pod),
+                );
             }
         }
         let mut seen: BTreeMap<IpAddr, &crate::model::PodKey> = BTreeMap::new();
@@ -223,7 +240,11 @@ impl Audit<'_> {
                 }
                 let IpAddr::V4(v4) = ip else { continue };
                 if !self.state.leases().any(|(ours, h)| ours == *v4 && h.lease.pod == pod.pod) {
-                    self.find(FindingKind::WrongPodAddress, ip, format!("status of {}, which has no lease of it", pod.pod));
+                    self.find(
+                        FindingKind::WrongPodAddress,
+                        ip,
+                        format!("status of {}, which has no lease of it", pod.pod),
+                    );
                 }
             }
         }

@@ -143,7 +143,8 @@ pub mod duration {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Duration, D::Error> {
         let text = String::deserialize(d)?;
-        parse(&text).ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration such as 30s, 5m or 1h")))
+        parse(&text)
+            .ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration such as 30s, 5m or 1h")))
     }
 
     pub fn parse(text: &str) -> Option<Duration> {

@@ -37,7 +37,12 @@ pub fn owner_tags(cluster: &str, instance: &InstanceId) -> BTreeMap<String, Stri
     [(TAG_CLUSTER, cluster), (TAG_NODE, instance.as_str())].map(|(k, v)| (k.to_owned(), v.to_owned())).into()
 }
 
-pub fn eni_tags(cluster: &str, instance: &InstanceId, token: &ClientToken, purpose: Purpose) -> BTreeMap<String, String> {
+pub fn eni_tags(
+    cluster: &str,
+    instance: &InstanceId,
+    token: &ClientToken,
+    purpose: Purpose,
+) -> BTreeMap<String, String> {
     let mut tags = owner_tags(cluster, instance);
     tags.insert(TAG_TOKEN.to_owned(), token.0.clone());
     tags.insert(TAG_PURPOSE.to_owned(), purpose.as_str().to_owned());
@@ -125,7 +130,15 @@ fn is_ours(state: &State, eni: &cloud::Eni) -> bool {
     eni.kind != EniKind::Primary && tags.iter().all(|(k, v)| eni.tags.get(k) == Some(v))
 }
 
-fn seen_eni(state: &State, key: EniKey, record: &Eni, seen: &cloud::Eni, sight: &Sight<'_>, now: Time, steps: &mut Vec<Step>) {
+fn seen_eni(
+    state: &State,
+    key: EniKey,
+    record: &Eni,
+    seen: &cloud::Eni,
+    sight: &Sight<'_>,
+    now: Time,
+    steps: &mut Vec<Step>,
+) {
     use EniStatus::{Attaching, Available, InUse};
     let here = seen.instance.as_ref().is_none_or(|i| *i == state.meta.instance || i.as_str().is_empty());
     let attached = here && matches!(seen.status, InUse | Attaching);

@@ -159,11 +159,8 @@ pub fn of_state(state: &State, max_enis: Option<u32>, now: Time) -> PoolSnapshot
     let places = state.places(max_enis) as usize;
     let shared = Supply::of(state, Purpose::Shared);
     totals.coming = shared.coming as usize;
-    let exclusive_places = state
-        .enis
-        .values()
-        .filter(|e| e.purpose == Purpose::Exclusive && e.occupies_place())
-        .count();
+    let exclusive_places =
+        state.enis.values().filter(|e| e.purpose == Purpose::Exclusive && e.occupies_place()).count();
     totals.capacity = places.saturating_sub(exclusive_places) * state.per_eni() as usize;
     totals.exclusive_capacity = places.saturating_sub(shared_in_use);
     let blocked = state.held_back(&HoldKey::Create, now).is_some() || state.occupied_places() as usize >= places;

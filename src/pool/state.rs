@@ -85,14 +85,21 @@ impl Purpose {
 #[serde(rename_all = "lowercase", tag = "phase")]
 pub enum Phase {
     /// The create call with this record's token may or may not have been made.
-    Creating { ipv4: u32, ipv6: u32 },
+    Creating {
+        ipv4: u32,
+        ipv6: u32,
+    },
     /// Exists; the attach call has been accepted or not yet; no device so far.
-    Attaching { accepted: bool },
+    Attaching {
+        accepted: bool,
+    },
     /// Attached and its device is prepared.
     Ready,
     /// Nothing is leased from it any more; goes when the last lease does.
     Draining,
-    Detaching { accepted: bool },
+    Detaching {
+        accepted: bool,
+    },
     /// Detached (or never attached).
     Deleting,
     /// The cloud no longer has it, but leases on it are still being undone.
@@ -271,12 +278,7 @@ pub struct State {
 
 impl State {
     pub fn new(meta: Meta) -> Self {
-        Self {
-            meta: Arc::new(meta),
-            enis: BTreeMap::new(),
-            addresses: BTreeMap::new(),
-            holds: BTreeMap::new(),
-        }
+        Self { meta: Arc::new(meta), enis: BTreeMap::new(), addresses: BTreeMap::new(), holds: BTreeMap::new() }
     }
 
     pub fn dual(&self) -> bool {

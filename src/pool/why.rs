@@ -65,7 +65,10 @@ pub fn why(state: &State, config: &Config, demand: &Demand, purpose: Purpose, no
     }
 
     if supply.cooling > 0 {
-        return Why::Waiting(format!("the node is full; {} released addresses are still in quarantine", supply.cooling));
+        return Why::Waiting(format!(
+            "the node is full; {} released addresses are still in quarantine",
+            supply.cooling
+        ));
     }
     let leaving = state.enis.values().any(|e| matches!(e.phase, Phase::Draining | Phase::Detaching { .. }));
     let releasing = state.addresses.values().any(|a| match &a.state {

@@ -13,19 +13,41 @@ use super::state::{AddressState, Eni, EniKey, HoldKey, LeasePhase, Phase, State,
 /// One call, or a short sequence of idempotent ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Work {
-    Create { key: EniKey },
-    Attach { key: EniKey },
+    Create {
+        key: EniKey,
+    },
+    Attach {
+        key: EniKey,
+    },
     /// Wait for the device and set it up.
-    Prepare { key: EniKey },
-    AssignIpv4 { key: EniKey },
-    AssignIpv6 { key: EniKey },
-    UnassignIpv4 { key: EniKey, addresses: Vec<Ipv4Addr> },
-    UnassignIpv6 { key: EniKey, addresses: Vec<Ipv6Addr> },
+    Prepare {
+        key: EniKey,
+    },
+    AssignIpv4 {
+        key: EniKey,
+    },
+    AssignIpv6 {
+        key: EniKey,
+    },
+    UnassignIpv4 {
+        key: EniKey,
+        addresses: Vec<Ipv4Addr>,
+    },
+    UnassignIpv6 {
+        key: EniKey,
+        addresses: Vec<Ipv6Addr>,
+    },
     /// Remove the host side, then detach.
-    Detach { key: EniKey },
-    Delete { key: EniKey },
+    Detach {
+        key: EniKey,
+    },
+    Delete {
+        key: EniKey,
+    },
     /// Undo the wiring of a collected lease.
-    Unwire { v4: Ipv4Addr },
+    Unwire {
+        v4: Ipv4Addr,
+    },
 }
 
 /// What work excludes other work on.
@@ -78,15 +100,19 @@ impl Work {
 }
 
 /// What is due now, leaving out subjects with work in flight and those held back.
-pub fn due(state: &State, running: &BTreeSet<Subject>, retry_after: impl Fn(Subject) -> Option<Time>, now: Time) -> Vec<Work> {
+pub fn due(
+    state: &State,
+    running: &BTreeSet<Subject>,
+    retry_after: impl Fn(Subject) -> Option<Time>,
+    now: Time,
+) -> Vec<Work> {
     let free = |subject: Subject| !running.contains(&subject) && retry_after(subject).is_none_or(|t| t <= now);
-    let enis = state.enis.iter().filter(|(key, _)| {
-        free(Subject::Eni(**key)) && state.held_back(&HoldKey::Eni(**key), now).is_none()
-    });
+    let enis = state
+        .enis
+        .iter()
+        .filter(|(key, _)| free(Subject::Eni(**key)) && state.held_back(&HoldKey::Eni(**key), now).is_none());
     let unwire = state.leases().filter(|(v4, h)| h.phase == LeasePhase::Collecting && free(Subject::Lease(*v4)));
-    enis.filter_map(|(key, eni)| of_eni(state, *key, eni))
-        .chain(unwire.map(|(v4, _)| Work::Unwire { v4 }))
-        .collect()
+    enis.filter_map(|(key, eni)| of_eni(state, *key, eni)).chain(unwire.map(|(v4, _)| Work::Unwire { v4 })).collect()
 }
 
 fn of_eni(state: &State, key: EniKey, eni: &Eni) -> Option<Work> {

@@ -38,6 +38,7 @@ macro_rules! raw {
 }
 
 raw! {
+    RawDone { request_id: String }
     RawEni {
         network_interface_id: String,
         mac_address: String,
@@ -91,6 +92,13 @@ raw! {
         ipv6_cidr_block: String = "Ipv6CidrBlock",
         available_ip_address_count: Option<u32>,
     }
+}
+
+/// Calls that answer nothing but their request id. Without it this is not an
+/// answer of the cloud's, and no proof that the call was made.
+pub fn done(body: &[u8]) -> Read<()> {
+    let raw: RawDone = serde_json::from_slice(body)?;
+    if raw.request_id.is_empty() { Err(DecodeError::Missing("RequestId")) } else { Ok(()) }
 }
 
 /// CreateNetworkInterface: the ENI as created.

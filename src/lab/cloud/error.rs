@@ -21,12 +21,18 @@ impl ApiError {
     }
 
     pub fn missing(parameter: &str) -> Self {
-        let message = format!("The input parameter \"{parameter}\" that is mandatory for processing this request is not supplied.");
+        let message = format!(
+            "The input parameter \"{parameter}\" that is mandatory for processing this request is not supplied."
+        );
         Self::new(400, format!("MissingParameter.{parameter}"), message)
     }
 
     pub fn invalid(parameter: &str, why: impl Display) -> Self {
-        Self::new(400, format!("InvalidParameter.{parameter}"), format!("The specified parameter {parameter} is not valid: {why}."))
+        Self::new(
+            400,
+            format!("InvalidParameter.{parameter}"),
+            format!("The specified parameter {parameter} is not valid: {why}."),
+        )
     }
 
     pub fn both(one: &str, other: &str) -> Self {

@@ -219,7 +219,9 @@ impl Faults {
                 Fault::LostReply { status } => verdict.lose = Some(*status),
                 Fault::DropConnection => verdict.drop = true,
                 Fault::Deny => {
-                    let message = format!("User not authorized to operate on the specified resource, or this API doesn't support RAM: {api}.");
+                    let message = format!(
+                        "User not authorized to operate on the specified resource, or this API doesn't support RAM: {api}."
+                    );
                     verdict.refuse = Some(ApiError::new(403, "Forbidden.RAM", message));
                 }
                 _ => continue,
@@ -335,7 +337,8 @@ mod tests {
 
     #[test]
     fn a_fault_reads_from_json_and_refuses_nonsense() {
-        let spec: FaultSpec = serde_json::from_str(r#"{"fault":{"kind":"latency","ms":500},"percent":50,"seconds":3}"#).unwrap();
+        let spec: FaultSpec =
+            serde_json::from_str(r#"{"fault":{"kind":"latency","ms":500},"percent":50,"seconds":3}"#).unwrap();
         assert_eq!(spec, FaultSpec::from(Fault::Latency { ms: 500 }).percent(50).seconds(3.0));
         for bad in [
             r#"{"fault":{"kind":"latency"}}"#,

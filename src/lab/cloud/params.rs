@@ -126,7 +126,8 @@ impl Params {
         let prefix = format!("{name}.");
         let mut items = BTreeMap::new();
         for (key, value) in self.0.range(prefix.clone()..).take_while(|(key, _)| key.starts_with(&prefix)) {
-            let index: u32 = key[prefix.len()..].parse().map_err(|_| ApiError::invalid(key, "want a number after the dot"))?;
+            let index: u32 =
+                key[prefix.len()..].parse().map_err(|_| ApiError::invalid(key, "want a number after the dot"))?;
             if index == 0 || index > max {
                 return Err(ApiError::invalid(name, format!("N of {name}.N must be within 1 and {max}")));
             }
@@ -138,7 +139,8 @@ impl Params {
     }
 
     pub fn parsed_list<T: FromStr>(&self, name: &str, max: u32) -> Result<Vec<T>, ApiError> {
-        let read = |value: &str| value.parse().map_err(|_| ApiError::invalid(name, format!("{value:.64} cannot be read")));
+        let read =
+            |value: &str| value.parse().map_err(|_| ApiError::invalid(name, format!("{value:.64} cannot be read")));
         self.list(name, max)?.into_iter().map(read).collect()
     }
 
@@ -183,7 +185,9 @@ mod tests {
 
     #[test]
     fn parameters_read_as_an_sdk_writes_them() {
-        let p = params("DeleteOnRelease=True&SourceDestCheck=false&Description=a+b%2Bc%2A~%2F%E4%B8%AD&Id.2=b&Id.1=a&Id.10=c");
+        let p = params(
+            "DeleteOnRelease=True&SourceDestCheck=false&Description=a+b%2Bc%2A~%2F%E4%B8%AD&Id.2=b&Id.1=a&Id.10=c",
+        );
         assert_eq!(p.flag("DeleteOnRelease").unwrap(), Some(true));
         assert_eq!(p.flag("SourceDestCheck").unwrap(), Some(false));
         assert_eq!(p.get("Description"), Some("a b+c*~/中"));

@@ -110,7 +110,11 @@ impl Claim {
     pub fn verify(&self, request: Request<'_>, secret: &str) -> Result<(), ApiError> {
         let body_hash = sha256_hex(request.body);
         if header(request.headers, "x-acs-content-sha256")? != body_hash {
-            return Err(ApiError::new(400, "InvalidContentSha256", "x-acs-content-sha256 is not the hash of the body."));
+            return Err(ApiError::new(
+                400,
+                "InvalidContentSha256",
+                "x-acs-content-sha256 is not the hash of the body.",
+            ));
         }
         let canonical = self.canonical(request, &body_hash)?;
         let to_sign = format!("{ALGORITHM}\n{}", sha256_hex(canonical.as_bytes()));
@@ -210,9 +214,8 @@ mod tests {
 
     impl RecordedRequest {
         fn headers(&self) -> HeaderMap {
-            let pair = |(k, v): &(String, String)| {
-                (k.parse::<HeaderName>().unwrap(), v.parse::<HeaderValue>().unwrap())
-            };
+            let pair =
+                |(k, v): &(String, String)| (k.parse::<HeaderName>().unwrap(), v.parse::<HeaderValue>().unwrap());
             self.headers.iter().map(pair).collect()
         }
 

@@ -149,7 +149,9 @@ fn opening(error: sled::Error) -> LedgerError {
         sled::Error::Io(e) if e.kind() == std::io::ErrorKind::WouldBlock => LedgerError::InUse(e.to_string()),
         // What is there cannot be read as a database.
         sled::Error::Unsupported(why) => LedgerError::Corrupt(why),
-        sled::Error::Io(e) if matches!(e.kind(), std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof) => {
+        sled::Error::Io(e)
+            if matches!(e.kind(), std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof) =>
+        {
             LedgerError::Corrupt(e.to_string())
         }
         other => failed(other),

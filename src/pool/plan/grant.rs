@@ -81,9 +81,10 @@ impl Planner<'_> {
     /// has been idle for longest.
     fn choose(&self, purpose: Purpose) -> Option<Ipv4Addr> {
         let state = &self.state;
-        let usable = state.addresses.iter().filter(|(_, a)| {
-            state.usable(a) && state.enis.get(&a.eni).is_some_and(|e| e.purpose == purpose)
-        });
+        let usable = state
+            .addresses
+            .iter()
+            .filter(|(_, a)| state.usable(a) && state.enis.get(&a.eni).is_some_and(|e| e.purpose == purpose));
         let mut load: std::collections::BTreeMap<EniKey, (u32, u32)> = Default::default();
         for address in state.addresses.values().filter(|a| a.held().is_some()) {
             load.entry(address.eni).or_default().0 += 1;
@@ -92,9 +93,8 @@ impl Planner<'_> {
             load.entry(*key).or_default().1 = eni.queues();
         }
         // Leases per queue, compared without fractions: a/b < c/d as a·d < c·b.
-        let heavier = |x: (u32, u32), y: (u32, u32)| {
-            (u64::from(x.0) * u64::from(y.1)).cmp(&(u64::from(y.0) * u64::from(x.1)))
-        };
+        let heavier =
+            |x: (u32, u32), y: (u32, u32)| (u64::from(x.0) * u64::from(y.1)).cmp(&(u64::from(y.0) * u64::from(x.1)));
         let load_of = |key: &EniKey| load.get(key).copied().unwrap_or((0, 1));
         usable
             .min_by(|(_, a), (_, b)| {

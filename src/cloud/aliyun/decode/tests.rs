@@ -144,6 +144,16 @@ fn an_assignment_that_names_no_address_is_unreadable() {
 }
 
 #[test]
+fn only_a_request_id_proves_that_a_call_was_made() {
+    for call in ["AttachNetworkInterface", "DetachNetworkInterface", "DeleteNetworkInterface"] {
+        done(&bytes(&shaped(call))).unwrap();
+    }
+    for body in ["", "{}", "<html>", r#"{"RequestId":""}"#, r#"{"RequestId":7}"#, "null"] {
+        assert!(done(body.as_bytes()).is_err(), "{body}");
+    }
+}
+
+#[test]
 fn impossible_instance_limits_are_refused() {
     for field in ["EniQuantity", "EniPrivateIpAddressQuantity"] {
         for value in [json!(0), json!(1_000_000), Value::Null] {
@@ -168,7 +178,7 @@ fn vswitch_pages_follow_the_total() {
 proptest::proptest! {
     #[test]
     fn any_bytes_are_taken(body: Vec<u8>) {
-        let _ = (created_eni(&body), enis(&body), assigned_ipv4(&body), assigned_ipv6(&body));
+        let _ = (done(&body), created_eni(&body), enis(&body), assigned_ipv4(&body), assigned_ipv6(&body));
         let _ = (instance_limits(&body, "t"), vswitches(&body));
     }
 

@@ -23,7 +23,8 @@ impl Account {
         }
         self.check_spaces(&holders, &mut found);
         for instance in self.instances.values() {
-            let (held, limit) = (self.enis_of(&instance.id).count(), self.type_of(&instance.id).map(|t| t.eni_quantity));
+            let (held, limit) =
+                (self.enis_of(&instance.id).count(), self.type_of(&instance.id).map(|t| t.eni_quantity));
             if limit.is_none_or(|limit| held > limit as usize) {
                 found.push(format!("{} holds {held} ENIs, its type allows {limit:?}", instance.id));
             }
@@ -45,7 +46,11 @@ impl Account {
         }
         let (limit4, limit6) = self.limits_of(eni);
         if eni.v4.is_empty() || eni.v4.len() > limit4 as usize || eni.v6.len() > limit6 as usize {
-            found.push(format!("{id} holds {} + {} addresses, {limit4} + {limit6} allowed", eni.v4.len(), eni.v6.len()));
+            found.push(format!(
+                "{id} holds {} + {} addresses, {limit4} + {limit6} allowed",
+                eni.v4.len(),
+                eni.v6.len()
+            ));
         }
         if eni.kind == EniKind::Primary && !self.instances.values().any(|i| i.primary_eni == *id) {
             found.push(format!("{id} is a primary ENI without an instance"));

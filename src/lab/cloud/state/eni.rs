@@ -79,7 +79,8 @@ impl Account {
     /// A security group holds a bounded number of private addresses.
     pub(super) fn check_groups(&self, groups: &[String], more: u32) -> Result<(), ApiError> {
         for group in groups {
-            let held: usize = self.enis.values().filter(|e| e.security_groups.contains(group)).map(|e| e.v4.len()).sum();
+            let held: usize =
+                self.enis.values().filter(|e| e.security_groups.contains(group)).map(|e| e.v4.len()).sum();
             if held + more as usize > self.group_quota as usize {
                 let message = format!("The security group \"{group}\" holds as many addresses as it may.");
                 return Err(ApiError::new(403, "SecurityGroupInstanceLimitExceed", message));
@@ -171,7 +172,8 @@ impl Account {
             return Err(ApiError::new(400, "InvalidOperation.InvalidEcsState", message));
         }
         if eni.zone != instance.zone {
-            let message = format!("ENI \"{id}\" is in {}, instance \"{instance_id}\" is in {}.", eni.zone, instance.zone);
+            let message =
+                format!("ENI \"{id}\" is in {}, instance \"{instance_id}\" is in {}.", eni.zone, instance.zone);
             return Err(ApiError::new(403, "InvalidOperation.AvailabilityZoneMismatch", message));
         }
         if self.enis_of(instance_id).count() >= kind.eni_quantity as usize {
