@@ -1,7 +1,25 @@
 //! A whole VPC on one machine: simulated cloud, Kubernetes stand-in, nodes.
+//!
+//! The lab and the agent share no wire or signing code and no state: nothing
+//! below imports `crate::cloud`, `crate::pool`, `crate::netns` or `crate::cni`.
 
+/// The simulated cloud: API, metadata service, injected faults.
+pub mod cloud;
+/// Deployments, StatefulSets, EndpointSlices, a scheduler.
+pub mod controllers;
+/// How the simulated cloud makes its answers true on the packet side.
 pub mod fabric;
+/// The Kubernetes API stand-in.
+pub mod kube;
+/// A kubelet per node: sandboxes, the conflist, probes.
 pub mod kubelet;
+/// Ordinary Kubernetes manifests, read.
+pub mod manifest;
+/// A node: namespace, primary ENI, agent process.
 pub mod node;
+/// The VPC: router, ENI devices, NAT gateway, load balancer, a VM.
 pub mod vpc;
+/// The whole lab assembled, from the VPC to the nodes' kubelets.
+pub mod site;
+/// What runs in a pod, and clients that reach it.
 pub mod workload;

@@ -1,0 +1,6 @@
+//! NetnsWirer against the real kernel: what it makes is read back with `ip -j`
+//! and used by real packets.
+
+mod exclusive;
+mod shared;
+mod support;
