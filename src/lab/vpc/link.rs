@@ -101,6 +101,10 @@ impl Link {
 pub struct VethEnd<'a> {
     /// May be a pattern such as `eth%d`: the kernel takes the first free name.
     pub name: &'a str,
+    /// Its interface index, or zero for the next free one. The two ends of a
+    /// pair should not have the same: the kernel then takes the device for one
+    /// without a peer and may let a carrier change wait for a second.
+    pub index: u32,
     pub mac: Option<Mac>,
     pub mtu: u32,
     pub queues: u32,
@@ -109,6 +113,7 @@ pub struct VethEnd<'a> {
 impl VethEnd<'_> {
     fn apply<T>(&self, builder: LinkMessageBuilder<T>) -> LinkMessageBuilder<T> {
         let builder = builder
+            .index(self.index)
             .mtu(self.mtu)
             .append_extra_attribute(LinkAttribute::NumTxQueues(self.queues))
             .append_extra_attribute(LinkAttribute::NumRxQueues(self.queues));
