@@ -217,7 +217,7 @@ fn events_tell_an_auditor_which_pod_had_which_address() {
 fn a_flood_of_events_while_the_api_is_away_is_bounded_and_the_loss_is_told() {
     let mut api = Api::new();
     let agent = Agent::of("n1", Source::Kubeconfig(api.kubeconfig()), |c| c.events_buffered = 50);
-    agent.tell(ClusterStatus {});
+    until("the node is seen", || agent.tell(ClusterStatus {}).node_seen);
     api.down();
     for n in 0..500 {
         agent.tell(event(n));
