@@ -40,10 +40,10 @@ impl Agent {
         futures_block(self.handle.ask(message, Deadline::after(Duration::from_secs(5))))
     }
     #[track_caller]
-    fn tell<M: Message>(&self, message: M) -> M::Reply
+    fn tell<M>(&self, message: M) -> M::Reply
     where
         ClusterWatch: Handles<M>,
-        M: Clone,
+        M: Message + Clone,
         M::Error: std::fmt::Debug,
     {
         let mut last = None;
