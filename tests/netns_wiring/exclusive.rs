@@ -80,7 +80,9 @@ fn an_exclusive_pod_has_the_eni_and_a_link_to_its_node() {
         at_home(&lab, &own);
         wirer.ask(Unwire { lease: lease.clone() }).await.unwrap();
         at_home(&lab, &own);
-        let keep = |s: &str| s.lines().filter(|l| !l.contains("eth1") && !l.contains("eni0")).map(str::to_owned).collect::<Vec<_>>();
+        let keep = |s: &str| {
+            s.lines().filter(|l| !l.contains("eth1") && !l.contains("eni0")).map(str::to_owned).collect::<Vec<_>>()
+        };
         assert_eq!(keep(&without), keep(&snapshot(&lab.node)));
         let inventory = wirer.ask(Inventory {}).await.unwrap();
         assert!(inventory.enis.contains(&(own.mac, format!("eni{}", own.mac.to_string().replace(':', "")))));

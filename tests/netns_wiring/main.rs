@@ -2,5 +2,6 @@
 //! and used by real packets.
 
 mod exclusive;
+mod programs;
 mod shared;
 mod support;
