@@ -124,7 +124,9 @@ impl Handles<Unwire> for NetnsWirer {
     fn handle(&mut self, Unwire { lease }: Unwire, to: Responder<Unwire>, ctx: &mut Ctx<'_, Self>) {
         let deadline = to.deadline().leaving(RESERVE).within(RETURN);
         let (crew, monitor) = (self.crew.clone(), self.monitor.clone());
-        self.answer(to, ctx, unwire(crew, monitor, lease, deadline), |_, _| {});
+        // A DEL repeated after its ENI was given to shared pods.
+        let reused = self.prepared.contains_key(&lease.eni.mac);
+        self.answer(to, ctx, unwire(crew, monitor, lease, reused, deadline), |_, _| {});
     }
 }
 
@@ -187,14 +189,14 @@ async fn prepare(
     }
 }
 
-async fn unwire(crew: Crew, monitor: Rc<Monitor>, lease: Lease, deadline: Deadline) -> Outcome<()> {
+async fn unwire(crew: Crew, monitor: Rc<Monitor>, lease: Lease, reused: bool, deadline: Deadline) -> Outcome<()> {
     let mac = lease.eni.mac;
     let _watched = (lease.mode == AttachMode::Exclusive).then(|| monitor.watch(mac));
     let mut changes = monitor.changes();
     let id = lease.eni.id.clone();
     let attachment = lease.attachment.clone();
     changes.mark_unchanged();
-    let mut returned = match crew.call(&attachment.to_string(), move |desk| desk.unwire(&lease)).await? {
+    let mut returned = match crew.call(&attachment.to_string(), move |desk| desk.unwire(&lease, reused)).await? {
         Ok(returned) => returned,
         Err(e) => return Ok(Err(e)),
     };

@@ -241,7 +241,7 @@ fn each_pod_of_an_eni_leaves_by_that_enis_table() {
     for n in [1, 2] {
         let lease = lease(AttachMode::Veth, n, 20, true, Bandwidth::default());
         let state = desired(&config, &lease, &Facts { mtu: 1500, ..Facts::default() });
-        let table = names::eni_table(config.table_base, &lease.eni);
+        let table = names::eni_table(config.table_base, lease.eni.primary4);
         tables.insert(table);
         let from = Key::Rule(config.rule_from_pod, Selector::From(lease.v4.into()));
         assert_eq!(state[&from], Value::Rule(table));
