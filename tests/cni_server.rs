@@ -1,4 +1,5 @@
 //! CniServer behind the real shim: conversations, faults, the socket.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "cni_support/shim.rs"]
 mod shim;

@@ -1,6 +1,7 @@
 //! The CNI specification's demands on a plugin, as a table: each row is a
 //! clause, a call that a runtime may make, and what must come back. Versions
 //! 0.3.1 to 1.1.0; the calls run in order against one node.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "cni_support/shim.rs"]
 mod shim;
