@@ -81,8 +81,10 @@ impl Kind {
     /// The kind whose table holds the objects: `events.k8s.io` Events are a
     /// second view of core Events.
     pub fn stored(&self) -> &'static Kind {
-        let wanted = if self.group == "events.k8s.io" { ("", "Event") } else { (self.group, self.kind) };
-        KINDS.iter().find(|k| (k.group, k.kind) == wanted).unwrap_or(&KINDS[0])
+        if self.group == "events.k8s.io" {
+            return named(self.kind);
+        }
+        KINDS.iter().find(|k| std::ptr::eq(*k, self)).unwrap_or(&KINDS[0])
     }
 
     /// Check types as the real decoder would; nulls and unknown fields go.
