@@ -547,7 +547,10 @@ async fn ten_thousand_services_load_quickly() {
         soon("another slice", watch.next()).await.unwrap();
     }
     println!("created in {created:?}, listed in {listed:?}, slices {:?} later", begin.elapsed());
-    assert!(created + listed < Duration::from_secs(60), "created in {created:?}, listed in {listed:?}");
+    // Processor time, client included: the machine may be busy with other tests.
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF).unwrap();
+    let spent = usage.user_time().tv_sec() + usage.system_time().tv_sec();
+    assert!(spent < 60, "{spent} s of processor time for 10,000 Services");
     lab.stop().await;
 }
 
