@@ -171,8 +171,19 @@ impl Site {
         std::fs::write(state.join("ca.pem"), cloud.ca_pem().unwrap_or_default())?;
 
         let admin = running.admin;
-        let mut site =
-            Self { nodes: Vec::new(), vm, outside, vpc, kube, kube_local, cloud, admin, running, config, _claim: claim };
+        let mut site = Self {
+            nodes: Vec::new(),
+            vm,
+            outside,
+            vpc,
+            kube,
+            kube_local,
+            cloud,
+            admin,
+            running,
+            config,
+            _claim: claim,
+        };
         for spec in site.config.nodes.clone() {
             progress(&format!("node {}: instance of type {}, agent, kubelet", spec.name, spec.instance_type));
             let node = site.add_node(&spec).await.with_context(|| format!("node {}", spec.name))?;

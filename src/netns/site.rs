@@ -275,7 +275,11 @@ impl Site<'_> {
     fn move_eni(&mut self, dev: Dev) -> Result<(), NlError> {
         let ifname = self.ifname.clone();
         let Some(eni) = self.eni.take() else {
-            return Err(NlError { what: "ENI".to_owned(), errno: libc::ENODEV, cause: "its device is gone".to_owned() });
+            return Err(NlError {
+                what: "ENI".to_owned(),
+                errno: libc::ENODEV,
+                cause: "its device is gone".to_owned(),
+            });
         };
         let Some(pod) = self.pod.as_mut() else { return Err(no_namespace()) };
         self.host.all(vec![message::move_link(&eni.name, eni.index, pod.ns.as_fd(), &ifname)])?;
@@ -314,10 +318,9 @@ impl Site<'_> {
             let write = || wanted.iter().try_for_each(|(path, value, setting)| write_setting(path, *value, *setting));
             match (side, &self.pod) {
                 (Side::Node, _) => write()?,
-                (Side::Pod, Some(pod)) => pod
-                    .ns
-                    .within(self.home, write)
-                    .map_err(|e| NlError::io("enter the pod's namespace", &e))??,
+                (Side::Pod, Some(pod)) => {
+                    pod.ns.within(self.home, write).map_err(|e| NlError::io("enter the pod's namespace", &e))??
+                }
                 (Side::Pod, None) => {}
             }
         }
@@ -331,8 +334,8 @@ fn no_namespace() -> NlError {
 
 fn write_setting(path: &str, value: u32, setting: super::objects::Setting) -> Result<(), NlError> {
     use super::objects::Setting;
-    match sysctl::set_net(path, &value.to_string()) {
-        Ok(_) => Ok(()),
+    match sysctl::write_net(path, &value.to_string()) {
+        Ok(()) => Ok(()),
         // A kernel without IPv6 accepts no advertisement either.
         Err(e)
             if e.kind() == std::io::ErrorKind::NotFound

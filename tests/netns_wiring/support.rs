@@ -8,14 +8,12 @@ use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use fairway::actor::{AskError, ChildPolicy, Deadline, Handle, Handles, Message, Placement, Registry, Tree};
-use fairway::model::{
-    AttachMode, AttachmentId, Bandwidth, EniId, EniRef, Lease, Mac, PodKey, Subnet, VSwitchId,
-};
+use fairway::model::{AttachMode, AttachmentId, Bandwidth, EniId, EniRef, Lease, Mac, PodKey, Subnet, VSwitchId};
 use fairway::netns::{Config, NetnsWirer, NoPrograms, PodPrograms, Wiring};
 use fairway::sys::netns::Netns;
 
@@ -48,6 +46,28 @@ pub fn skip(test: &str, missing: &str) {
     }
 }
 
+/// True (and said) when this kernel cannot limit bandwidth as the test wants.
+pub fn cannot_shape(test: &str, lab: &Lab) -> bool {
+    let works = |program: &str, args: &str| {
+        let args = format!("-n {} {args}", lab.router);
+        let status = Command::new(program).args(args.split_whitespace()).stderr(Stdio::null()).status();
+        status.is_ok_and(|s| s.success())
+    };
+    let missing = if !works("tc", "qdisc add dev lo root tbf rate 1gbit burst 100kb limit 100kb") {
+        "the token bucket filter (sch_tbf) or the program tc"
+    } else if !works("ip", "link add fwtifb type ifb") {
+        "the block device (ifb)"
+    } else if !works("tc", "qdisc add dev fwtifb ingress") {
+        "the ingress hook (sch_ingress)"
+    } else {
+        works("tc", "qdisc del dev lo root");
+        works("ip", "link del fwtifb");
+        return false;
+    };
+    skip(test, missing);
+    true
+}
+
 pub fn ip(args: &str) -> String {
     let out = Command::new("ip").args(args.split_whitespace()).output().unwrap();
     assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
@@ -77,9 +97,15 @@ pub fn show(ns: &str, args: &str) -> serde_json::Value {
 /// What a namespace looks like to `ip`, without what changes by itself.
 pub fn snapshot(ns: &str) -> String {
     let mut out = String::new();
-    for what in
-        ["-4 addr", "-6 addr show scope global", "-4 route show table all", "-6 route show table all", "-4 rule", "-6 rule", "neigh show nud permanent"]
-    {
+    for what in [
+        "-4 addr",
+        "-6 addr show scope global",
+        "-4 route show table all",
+        "-6 route show table all",
+        "-4 rule",
+        "-6 rule",
+        "neigh show nud permanent",
+    ] {
         // Anycast and link-local entries come and go with forwarding and
         // carriers, the operational state lags.
         for line in ip(&format!("-n {ns} {what}")).lines() {
@@ -96,9 +122,16 @@ pub fn snapshot(ns: &str) -> String {
                 },
                 _ => line.to_owned(),
             };
-            let line = [("NO-CARRIER,", ""), (",LOWER_UP", ""), (" linkdown", ""), (" state UNKNOWN", ""), (" state UP", ""), (" state DOWN", "")]
-                .iter()
-                .fold(line, |line, (from, to)| line.replace(from, to));
+            let line = [
+                ("NO-CARRIER,", ""),
+                (",LOWER_UP", ""),
+                (" linkdown", ""),
+                (" state UNKNOWN", ""),
+                (" state UP", ""),
+                (" state DOWN", ""),
+            ]
+            .iter()
+            .fold(line, |line, (from, to)| line.replace(from, to));
             out += line.trim_end();
             out.push('\n');
         }
@@ -235,7 +268,10 @@ impl Lab {
             }
         });
         within(&lab.node, || std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0").unwrap());
-        ip_batch(&lab.router, &format!("link set lo up\naddr add {OUTSIDE4}/32 dev lo\naddr add {OUTSIDE6}/128 dev lo\n"));
+        ip_batch(
+            &lab.router,
+            &format!("link set lo up\naddr add {OUTSIDE4}/32 dev lo\naddr add {OUTSIDE6}/128 dev lo\n"),
+        );
         let eth0 = lab.eni(0);
         ip_batch(
             &lab.node,

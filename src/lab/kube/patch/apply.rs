@@ -71,7 +71,11 @@ fn store(object: &mut Value, entries: Vec<Entry>) {
 
 /// After a write that is not an apply: changed fields go to the writer.
 pub fn track(old: Option<&Value>, new: &mut Value, writer: Writer<'_>) {
-    let mut known = old.map(entries).unwrap_or_default();
+    // Whoever writes the list itself is believed; an empty one starts afresh.
+    let mut known = match new.pointer("/metadata/managedFields") {
+        Some(_) => entries(new),
+        None => old.map(entries).unwrap_or_default(),
+    };
     let now = Fields::of(new);
     let mut changed = Fields::default();
     for path in now.members() {

@@ -34,6 +34,15 @@ impl Sub {
     }
 }
 
+/// What a write is about.
+#[derive(Clone, Copy)]
+pub(super) struct Change<'a> {
+    pub(super) kind: &'a Kind,
+    pub(super) sub: Sub,
+    /// Changed fields go to the writer; an apply has settled that itself.
+    pub(super) track: bool,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PatchKind {
     Json,
@@ -70,25 +79,25 @@ impl Registry {
         let mut state = self.state.lock();
         let new = identified(kind, namespace, Some(name), new)?;
         let old = state.store.get(kind, namespace, name).cloned().ok_or_else(|| ApiError::not_found(kind, name))?;
-        self.replace(&mut state, ctx, kind, sub, old, new, true)
+        self.replace(&mut state, ctx, Change { kind, sub, track: true }, old, new)
     }
 
     pub fn patch(
         &self,
         ctx: &Ctx,
         kind: &Kind,
-        namespace: &str,
-        name: &str,
+        key: (&str, &str),
         sub: Sub,
         how: PatchKind,
         body: &Value,
     ) -> Result<Written, ApiError> {
+        let (namespace, name) = key;
         let mut state = self.state.lock();
-        let old = state.store.get(kind, namespace, name).cloned();
         if let PatchKind::Apply(force) = how {
-            return self.apply_in(&mut state, ctx, kind, (namespace, name), sub, force, body.clone(), old);
+            let change = Change { kind, sub, track: false };
+            return self.apply_in(&mut state, ctx, change, key, force, body.clone());
         }
-        let old = old.ok_or_else(|| ApiError::not_found(kind, name))?;
+        let old = state.store.get(kind, namespace, name).cloned().ok_or_else(|| ApiError::not_found(kind, name))?;
         // The patch is written against the view that the caller reads.
         let view = events::outward(kind, &old);
         let new = match how {
@@ -108,7 +117,7 @@ impl Registry {
             }
         };
         let new = identified(kind, namespace, Some(name), new)?;
-        self.replace(&mut state, ctx, kind, sub, old, new, true)
+        self.replace(&mut state, ctx, Change { kind, sub, track: true }, old, new)
     }
 
     /// Change an object in place; `change` returns false to leave it alone. For
@@ -128,7 +137,7 @@ impl Registry {
         if !change(&mut new) {
             return Ok(None);
         }
-        self.replace(&mut state, ctx, kind, sub, old, new, true).map(|written| Some(written.object))
+        self.replace(&mut state, ctx, Change { kind, sub, track: true }, old, new).map(|written| Some(written.object))
     }
 
     fn create_in(
@@ -201,13 +210,12 @@ impl Registry {
         &self,
         state: &mut State,
         ctx: &Ctx,
-        kind: &Kind,
+        change: Change<'_>,
         (namespace, name): (&str, &str),
-        sub: Sub,
         force: bool,
         wish: Value,
-        old: Option<Arc<Value>>,
     ) -> Result<Written, ApiError> {
+        let Change { kind, sub, .. } = change;
         if ctx.manager.is_empty() {
             return Err(ApiError::bad_request(
                 "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch",
@@ -223,7 +231,7 @@ impl Registry {
         let now = object::rfc3339(ctx.now);
         let writer =
             apply::Writer { manager: &ctx.manager, subresource: sub.name(), api_version: &api_version, now: &now };
-        let Some(old) = old else {
+        let Some(old) = state.store.get(kind, namespace, name).cloned() else {
             if sub != Sub::Main {
                 return Err(ApiError::not_found(kind, name));
             }
@@ -242,20 +250,17 @@ impl Registry {
             Some(revision) => meta.insert("resourceVersion".into(), revision),
             None => meta.remove("resourceVersion"),
         };
-        self.replace(state, ctx, kind, sub, old, new, false)
+        self.replace(state, ctx, change, old, new)
     }
 
-    /// Put `new` in place of `old`. `track`: changed fields go to the writer.
-    #[allow(clippy::too_many_arguments)]
+    /// Put `new` in place of `old`.
     pub(super) fn replace(
         &self,
         state: &mut State,
         ctx: &Ctx,
-        kind: &Kind,
-        sub: Sub,
+        Change { kind, sub, track }: Change<'_>,
         old: Arc<Value>,
         new: Value,
-        track: bool,
     ) -> Result<Written, ApiError> {
         let name = object::name(&old).to_owned();
         let namespace = object::namespace(&old).to_owned();
