@@ -212,16 +212,14 @@ fn views(
     cluster: &Handle<ClusterWatch>,
 ) -> Views {
     let view = |f: Box<dyn Fn() -> serde_json::Value + Send + Sync>| -> View { Arc::from(f) };
-    let to_json = |v: Result<serde_json::Value, serde_json::Error>| v.unwrap_or_else(|e| json!({ "error": e.to_string() }));
+    let to_json =
+        |v: Result<serde_json::Value, serde_json::Error>| v.unwrap_or_else(|e| json!({ "error": e.to_string() }));
     let pool_seen = snapshot.clone();
     let cloud_seen = stats.clone();
     let views = BTreeMap::from([
         ("pool", view(Box::new(move || to_json(serde_json::to_value(&**pool_seen.borrow()))))),
         ("cloud", view(Box::new(move || to_json(serde_json::to_value(cloud_seen.snapshot()))))),
-        (
-            "endpoints",
-            view(Box::new(move || programs.as_ref().map_or_else(|| json!([]), |programs| programs.view()))),
-        ),
+        ("endpoints", view(Box::new(move || programs.as_ref().map_or_else(|| json!([]), |programs| programs.view())))),
     ]);
     let queries = BTreeMap::from([
         ("audit", query(pool, || Audit {})),

@@ -104,7 +104,9 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back_and_the_rest_is_default() {
-        let config = Config::parse("node: n1\npool:\n  cluster_id: c1\n  quarantine: 5s\ndebug:\n  listen: 127.0.0.1:9000\n").unwrap();
+        let config =
+            Config::parse("node: n1\npool:\n  cluster_id: c1\n  quarantine: 5s\ndebug:\n  listen: 127.0.0.1:9000\n")
+                .unwrap();
         assert_eq!((config.node.as_str(), config.pool.cluster_id.as_str()), ("n1", "c1"));
         assert_eq!(config.pool.quarantine.as_secs(), 5);
         assert_eq!(config.cni, cni::Config::default());

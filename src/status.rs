@@ -39,7 +39,9 @@ pub enum Section {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  fairway status\n  fairway status enis\n  fairway status addresses -o json\n  fairway status --audit       compare ledger, cloud, kernel and cluster by fresh reads")]
+#[command(
+    after_help = "Examples:\n  fairway status\n  fairway status enis\n  fairway status addresses -o json\n  fairway status --audit       compare ledger, cloud, kernel and cluster by fresh reads"
+)]
 pub struct Args {
     #[arg(value_enum, default_value_t)]
     section: Section,
@@ -77,7 +79,8 @@ pub async fn run(args: &Args) -> Result<bool, StatusError> {
 }
 
 fn parse_endpoint(text: &str) -> Listen {
-    text.parse::<SocketAddr>().map_or_else(|_| Listen::Unix(PathBuf::from(text.trim_start_matches("unix:"))), Listen::Tcp)
+    text.parse::<SocketAddr>()
+        .map_or_else(|_| Listen::Unix(PathBuf::from(text.trim_start_matches("unix:"))), Listen::Tcp)
 }
 
 fn read<T: serde::de::DeserializeOwned>(path: &str, value: Value) -> Result<T, StatusError> {
@@ -134,7 +137,18 @@ fn eni_name(pool: &PoolSnapshot, key: u64) -> String {
 }
 
 fn enis(pool: &PoolSnapshot) -> String {
-    let mut lines = vec![row(["ENI", "DEVICE", "USE", "PHASE", "VSWITCH", "MAC", "ADDRESSES", "LEASED", "RX QUEUES", "PODS/QUEUE"])];
+    let mut lines = vec![row([
+        "ENI",
+        "DEVICE",
+        "USE",
+        "PHASE",
+        "VSWITCH",
+        "MAC",
+        "ADDRESSES",
+        "LEASED",
+        "RX QUEUES",
+        "PODS/QUEUE",
+    ])];
     for e in &pool.enis {
         lines.push(row([
             or_dash(&e.id),
@@ -183,7 +197,18 @@ fn audit(report: &AuditReport) -> String {
 }
 
 fn actors(value: &Value) -> String {
-    let mut lines = vec![row(["ACTOR", "STATE", "RESTARTS", "MAILBOX", "IN WORK", "OLDEST WAITING", "OK", "ERROR", "BUSY", "LAST RESTART"])];
+    let mut lines = vec![row([
+        "ACTOR",
+        "STATE",
+        "RESTARTS",
+        "MAILBOX",
+        "IN WORK",
+        "OLDEST WAITING",
+        "OK",
+        "ERROR",
+        "BUSY",
+        "LAST RESTART",
+    ])];
     for a in value.as_array().into_iter().flatten() {
         let sum = |key: &str| {
             let types = a["by_type"].as_object().into_iter().flatten();
@@ -197,7 +222,11 @@ fn actors(value: &Value) -> String {
             text(&a["restarts"]),
             format!("{}/{}", a["depth"], a["capacity"]),
             a["in_work"].as_array().map_or(0, Vec::len).to_string(),
-            if oldest.is_null() { "-".to_owned() } else { format!("{} {} ms", text(&oldest["message"]), oldest["age_ms"]) },
+            if oldest.is_null() {
+                "-".to_owned()
+            } else {
+                format!("{} {} ms", text(&oldest["message"]), oldest["age_ms"])
+            },
             sum("ok"),
             sum("error"),
             sum("busy"),
@@ -214,7 +243,11 @@ fn generic(value: &Value) -> String {
     let keys: Vec<&String> = first.keys().collect();
     let mut lines = vec![keys.iter().map(|k| k.replace('_', " ").to_uppercase()).collect::<Vec<_>>()];
     for item in list {
-        lines.push(keys.iter().map(|k| item[k.as_str()].as_str().map_or_else(|| item[k.as_str()].to_string(), str::to_owned)).collect());
+        lines.push(
+            keys.iter()
+                .map(|k| item[k.as_str()].as_str().map_or_else(|| item[k.as_str()].to_string(), str::to_owned))
+                .collect(),
+        );
     }
     columns(&lines)
 }

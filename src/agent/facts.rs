@@ -52,13 +52,7 @@ fn bound_pod(
     let known = Known { annotations: Some(&pod.annotations), node_labels, default_mode, ..Known::default() };
     // A wish that cannot be read is refused at ADD, with its reason.
     let mode = wishes::decide(&known).map_or(default_mode, |w| w.mode);
-    BoundPod {
-        pod: key.clone(),
-        uid: pod.uid.clone(),
-        mode,
-        terminated: pod.finished(),
-        addresses: pod.ips.clone(),
-    }
+    BoundPod { pod: key.clone(), uid: pod.uid.clone(), mode, terminated: pod.finished(), addresses: pod.ips.clone() }
 }
 
 /// The pool's capacity to the Node: a condition when addresses run short, an
@@ -111,15 +105,30 @@ struct PoolMetrics(Totals);
 impl Collector for PoolMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let t = self.0;
-        let states =
-            [("idle", t.idle), ("leased", t.leased), ("cooling", t.cooling), ("reserved", t.reserved), ("releasing", t.releasing)];
+        let states = [
+            ("idle", t.idle),
+            ("leased", t.leased),
+            ("cooling", t.cooling),
+            ("reserved", t.reserved),
+            ("releasing", t.releasing),
+        ];
         let mut family = encoder.encode_descriptor("pool_addresses", "Addresses by state", None, MetricType::Gauge)?;
         for (state, count) in states {
             ConstGauge::new(count as i64).encode(family.encode_family(&[("state", state)])?)?;
         }
-        let family = encoder.encode_descriptor("pool_capacity", "Pods with a shared ENI's address this node can hold", None, MetricType::Gauge)?;
+        let family = encoder.encode_descriptor(
+            "pool_capacity",
+            "Pods with a shared ENI's address this node can hold",
+            None,
+            MetricType::Gauge,
+        )?;
         ConstGauge::new(t.capacity as i64).encode(family)?;
-        let family = encoder.encode_descriptor("pool_short", "1 when no address is idle and none can be had", None, MetricType::Gauge)?;
+        let family = encoder.encode_descriptor(
+            "pool_short",
+            "1 when no address is idle and none can be had",
+            None,
+            MetricType::Gauge,
+        )?;
         ConstGauge::new(i64::from(t.short)).encode(family)
     }
 }

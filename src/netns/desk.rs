@@ -127,7 +127,11 @@ impl Desk {
                 causes.push(format!("and undoing it failed: {e}"));
             }
             let gone = matches!(Netns::open(&lease.netns), Err(NetnsError::Gone(_)));
-            return Err(if gone { WireError::NamespaceGone(lease.netns.clone()) } else { fault(lease, "wire", causes) });
+            return Err(if gone {
+                WireError::NamespaceGone(lease.netns.clone())
+            } else {
+                fault(lease, "wire", causes)
+            });
         }
         Ok(Wired {
             host_ifname: Some(names.host),
@@ -167,9 +171,7 @@ impl Desk {
                 Err(e) => causes.push(e.to_string()),
                 Ok(mut ops) => {
                     // Another attachment has the address by now: its rules stay.
-                    ops.retain(
-                        |op| !matches!(op, Op::Delete(Key::Rule(_, s), _) if taken.contains(&s.address())),
-                    );
+                    ops.retain(|op| !matches!(op, Op::Delete(Key::Rule(_, s), _) if taken.contains(&s.address())));
                     if let Err(errors) = site.apply(&ops, &mut |_| Ok(())) {
                         causes.extend(errors.iter().map(ToString::to_string));
                     }
@@ -257,7 +259,8 @@ impl Desk {
             };
             Finding { what: word(key).to_owned(), detail }
         }));
-        let problems = shared.programs.verify(&attachment(lease, devices)).map_err(|e| fault(lease, "program", vec![e]))?;
+        let problems =
+            shared.programs.verify(&attachment(lease, devices)).map_err(|e| fault(lease, "program", vec![e]))?;
         findings.extend(problems.into_iter().map(|detail| Finding { what: "program".to_owned(), detail }));
         Ok(findings)
     }

@@ -120,8 +120,11 @@ impl Desk {
         let mut devices = Devices::default();
         devices.set(Dev::Eni, device.index, &device.name);
         let actual = self.read_eni(eni, device, &devices, &desired)?;
-        let ops = plan::diff(&desired, &actual)
-            .map_err(|e| NlError { what: "link".to_owned(), errno: 0, cause: e.to_string() })?;
+        let ops = plan::diff(&desired, &actual).map_err(|e| NlError {
+            what: "link".to_owned(),
+            errno: 0,
+            cause: e.to_string(),
+        })?;
         // What must be set before the link comes up.
         for op in &ops {
             if let Op::Put(Key::Setting(dev, setting), Value::Setting(value)) = op {

@@ -8,9 +8,7 @@
 
 use std::io;
 
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
@@ -113,10 +111,7 @@ impl Nl {
         let mut open = waiting.len();
         while open > 0 {
             // Not blocking for long: the kernel has answered inside `send`.
-            let len = self
-                .socket
-                .recv(&mut &mut self.buffer[..], 0)
-                .map_err(|e| NlError::io("netlink receive", &e))?;
+            let len = self.socket.recv(&mut &mut self.buffer[..], 0).map_err(|e| NlError::io("netlink receive", &e))?;
             open -= sort(&self.buffer[..len], first, &mut waiting);
         }
         Ok(waiting.into_iter().map(|w| w.result.unwrap_or(Ok(())).map(|()| w.got)).collect())

@@ -149,7 +149,8 @@ fn ip_of(address: &RouteAddress) -> Option<IpAddr> {
 
 pub(super) fn path(message: &RouteMessage) -> Option<Path> {
     let v4 = message.header.address_family == AddressFamily::Inet;
-    let anywhere: IpAddr = if v4 { std::net::Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
+    let anywhere: IpAddr =
+        if v4 { std::net::Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
     let mut out = Path {
         table: u32::from(message.header.table),
         to: IpNet::new(anywhere, message.header.destination_prefix_length).ok()?,

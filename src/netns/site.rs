@@ -276,7 +276,11 @@ impl Site<'_> {
     fn move_eni(&mut self, dev: Dev) -> Result<(), NlError> {
         let ifname = self.ifname.clone();
         let Some((eni, at)) = self.eni.take() else {
-            return Err(NlError { what: "ENI".to_owned(), errno: libc::ENODEV, cause: "its device is gone".to_owned() });
+            return Err(NlError {
+                what: "ENI".to_owned(),
+                errno: libc::ENODEV,
+                cause: "its device is gone".to_owned(),
+            });
         };
         let Some(pod) = self.pod.as_mut() else { return Err(no_namespace()) };
         match at {
@@ -318,10 +322,9 @@ impl Site<'_> {
             let write = || wanted.iter().try_for_each(|(path, value, setting)| write_setting(path, *value, *setting));
             match (side, &self.pod) {
                 (Side::Node, _) => write()?,
-                (Side::Pod, Some(pod)) => pod
-                    .ns
-                    .within(self.home, write)
-                    .map_err(|e| NlError::io("enter the pod's namespace", &e))??,
+                (Side::Pod, Some(pod)) => {
+                    pod.ns.within(self.home, write).map_err(|e| NlError::io("enter the pod's namespace", &e))??
+                }
                 (Side::Pod, None) => {}
             }
         }

@@ -21,6 +21,7 @@ pub use sled_store::SledStore;
 use crate::model::InstanceId;
 
 use super::state::State;
+use super::step::FailPoint;
 
 /// One key's new value; `None` removes it.
 pub type Write = (String, Option<Vec<u8>>);
@@ -123,7 +124,8 @@ pub struct MemoryStore {
 struct MemoryDisk {
     content: BTreeMap<String, Vec<u8>>,
     fail: Option<String>,
-    commits: u64,
+    fail_point: FailPoint,
+    reached: BTreeSet<&'static str>,
 }
 
 impl MemoryStore {
@@ -131,8 +133,25 @@ impl MemoryStore {
     pub fn fail(&self, reason: Option<&str>) {
         self.disk.lock().fail = reason.map(str::to_owned);
     }
-    pub fn commits(&self) -> u64 {
-        self.disk.lock().commits
+    /// The process that writes here stops for ever at this point.
+    pub fn stop_at(&self, fail_point: FailPoint) {
+        self.disk.lock().fail_point = fail_point;
+    }
+    /// Every step that was ever committed.
+    pub fn reached(&self) -> BTreeSet<&'static str> {
+        self.disk.lock().reached.clone()
+    }
+    /// As after a disk was replaced.
+    pub fn erase(&self) {
+        self.disk.lock().content.clear();
+    }
+    pub(super) fn before(&self, steps: &[&'static str]) -> bool {
+        let mut disk = self.disk.lock();
+        disk.reached.extend(steps);
+        disk.fail_point.before(steps)
+    }
+    pub(super) fn after(&self, steps: &[&'static str]) -> bool {
+        self.disk.lock().fail_point.after(steps)
     }
 }
 
@@ -145,7 +164,6 @@ impl Store for MemoryStore {
         if let Some(reason) = &disk.fail {
             return Err(LedgerError::Io(reason.clone()));
         }
-        disk.commits += 1;
         for (key, value) in batch {
             match value {
                 Some(value) => disk.content.insert(key.clone(), value.clone()),

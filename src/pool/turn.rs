@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use rand::Rng as _;
 
-use super::demand::Demand;
 use super::outcome::{Answer, Trouble, meaning};
 use super::state::{LeasePhase, Purpose, State};
 use super::step::Step;
@@ -83,7 +82,7 @@ impl Pool {
         self.demand.random = rand::rng().random();
         let now = self.clock.now();
         for step in plan::plan(&turn.next, &self.config, &self.demand, now) {
-            self.note_taken(&step);
+            self.demand.note_taken(&turn.next, &step);
             self.apply(step, &mut turn);
         }
         self.serve(&mut turn);
@@ -202,14 +201,7 @@ impl Pool {
         for name in &names {
             *self.steps.entry(name).or_default() += 1;
         }
-        let written = self.desk.call(move |desk| {
-            desk.fail_point.before(&names);
-            let written = desk.ledger.commit(&state);
-            if written.is_ok() {
-                desk.fail_point.after(&names);
-            }
-            written
-        });
+        let written = self.desk.commit(state, names);
         ctx.spawn(written, move |pool, written, ctx| {
             pool.committing = false;
             match written {
@@ -307,20 +299,6 @@ impl Pool {
         match why(&self.state, &self.config, &self.demand, purpose, self.clock.now()) {
             Why::Waiting(reason) | Why::Refused(reason) => reason,
             Why::Full { in_use, limit } => format!("{in_use} of {limit} addresses are in use"),
-        }
-    }
-
-    /// Addresses that are being taken are no longer available, whatever was
-    /// last read.
-    fn note_taken(&mut self, step: &Step) {
-        let (vswitch, count) = match step {
-            Step::CreateEni { vswitch, ipv4, .. } => (Some(vswitch.clone()), *ipv4),
-            Step::AssignIpv4 { key, count } => (self.state.enis.get(key).map(|e| e.vswitch.clone()), *count),
-            _ => return,
-        };
-        let demand: &mut Demand = &mut self.demand;
-        if let Some(vswitch) = vswitch.and_then(|v| demand.vswitches.get_mut(&v)) {
-            vswitch.available = vswitch.available.saturating_sub(count);
         }
     }
 }

@@ -85,7 +85,11 @@ fn a_pod_cannot_send_with_anothers_source() {
         outside.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
         let mut text = [0; 64];
         let (n, _) = outside.recv_from(&mut text).unwrap();
-        assert_eq!(std::str::from_utf8(&text[..n]).unwrap(), a.v4.to_string(), "only the honest packet, which came last");
+        assert_eq!(
+            std::str::from_utf8(&text[..n]).unwrap(),
+            a.v4.to_string(),
+            "only the honest packet, which came last"
+        );
     });
 }
 
@@ -104,12 +108,14 @@ fn wiring_twice_changes_nothing_and_unwiring_twice_leaves_nothing() {
         let wired = wirer.ask(Wire { lease: lease.clone() }).await.unwrap();
         let index = |v: serde_json::Value| v[0]["ifindex"].as_u64().unwrap();
         let host = format!("link show {}", wired.host_ifname.as_ref().unwrap());
-        let first = (snapshot(&lab.node), snapshot(&ns), index(show(&lab.node, &host)), index(show(&ns, "link show eth0")));
+        let first =
+            (snapshot(&lab.node), snapshot(&ns), index(show(&lab.node, &host)), index(show(&ns, "link show eth0")));
         let link = &show(&ns, "link show eth0")[0];
         assert_eq!(link["address"], wired.pod_mac.to_string());
         assert_eq!(show(&lab.node, &host)[0]["address"], wired.host_mac.unwrap().to_string());
         assert_eq!(wirer.ask(Wire { lease: lease.clone() }).await.unwrap(), wired);
-        let second = (snapshot(&lab.node), snapshot(&ns), index(show(&lab.node, &host)), index(show(&ns, "link show eth0")));
+        let second =
+            (snapshot(&lab.node), snapshot(&ns), index(show(&lab.node, &host)), index(show(&ns, "link show eth0")));
         assert_eq!(first, second);
         assert_eq!(wirer.ask(Verify { lease: lease.clone() }).await.unwrap(), []);
         wirer.ask(PrepareEni { eni: eni.clone(), shared: true }).await.unwrap();
@@ -158,7 +164,10 @@ fn every_damage_is_found_and_repaired() {
             ("rule", format!("ip -n {node} rule del to {v4}")),
             ("rule", format!("ip -n {node} -6 rule del from {v6}")),
             ("neighbour", format!("ip -n {ns} neigh del 169.254.1.1 dev eth0")),
-            ("neighbour", format!("ip -n {ns} neigh replace 169.254.1.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent")),
+            (
+                "neighbour",
+                format!("ip -n {ns} neigh replace 169.254.1.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent"),
+            ),
             ("neighbour", format!("ip -n {node} neigh del {v6} dev {host}")),
             ("qdisc", format!("tc -n {ns} qdisc del dev eth0 root")),
             ("qdisc", format!("tc -n {node} qdisc replace dev {host} root tbf rate 99mbit burst 100kb limit 100kb")),
@@ -282,7 +291,8 @@ fn two_hundred_pods_are_wired_in_parallel() {
         }
         alone.sort();
         let began = Instant::now();
-        let results = futures::future::join_all(pods[20..].iter().map(|(_, l)| wirer.ask(Wire { lease: l.clone() }))).await;
+        let results =
+            futures::future::join_all(pods[20..].iter().map(|(_, l)| wirer.ask(Wire { lease: l.clone() }))).await;
         let wired = began.elapsed();
         assert!(results.iter().all(Result::is_ok), "{:?}", results.iter().find(|r| r.is_err()));
         let inventory = wirer.ask(Inventory {}).await.unwrap();
@@ -385,7 +395,8 @@ fn an_eni_is_awaited_prepared_restored_and_forgotten() {
 
         wirer.ask(ForgetEni { eni: eni.clone() }).await.unwrap();
         wirer.ask(ForgetEni { eni: eni.clone() }).await.unwrap();
-        let left: Vec<String> = snapshot(&lab.node).lines().filter(|l| !l.contains("eth1")).map(str::to_owned).collect();
+        let left: Vec<String> =
+            snapshot(&lab.node).lines().filter(|l| !l.contains("eth1")).map(str::to_owned).collect();
         let was: Vec<String> = before.lines().map(str::to_owned).collect();
         assert_eq!(left, was);
         assert_eq!(show(&lab.node, "link show eth1")[0]["operstate"], "DOWN");

@@ -8,14 +8,12 @@ use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use fairway::actor::{AskError, ChildPolicy, Deadline, Handle, Handles, Message, Placement, Registry, Tree};
-use fairway::model::{
-    AttachMode, AttachmentId, Bandwidth, EniId, EniRef, Lease, Mac, PodKey, Subnet, VSwitchId,
-};
+use fairway::model::{AttachMode, AttachmentId, Bandwidth, EniId, EniRef, Lease, Mac, PodKey, Subnet, VSwitchId};
 use fairway::netns::{Config, NetnsWirer, NoPrograms, PodPrograms, Wiring};
 use fairway::sys::netns::Netns;
 
@@ -77,9 +75,15 @@ pub fn show(ns: &str, args: &str) -> serde_json::Value {
 /// What a namespace looks like to `ip`, without what changes by itself.
 pub fn snapshot(ns: &str) -> String {
     let mut out = String::new();
-    for what in
-        ["-4 addr", "-6 addr show scope global", "-4 route show table all", "-6 route show table all", "-4 rule", "-6 rule", "neigh show nud permanent"]
-    {
+    for what in [
+        "-4 addr",
+        "-6 addr show scope global",
+        "-4 route show table all",
+        "-6 route show table all",
+        "-4 rule",
+        "-6 rule",
+        "neigh show nud permanent",
+    ] {
         // Anycast and link-local entries come and go with forwarding and
         // carriers, the operational state lags.
         for line in ip(&format!("-n {ns} {what}")).lines() {
@@ -231,7 +235,10 @@ impl Lab {
             }
         });
         within(&lab.node, || std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0").unwrap());
-        ip_batch(&lab.router, &format!("link set lo up\naddr add {OUTSIDE4}/32 dev lo\naddr add {OUTSIDE6}/128 dev lo\n"));
+        ip_batch(
+            &lab.router,
+            &format!("link set lo up\naddr add {OUTSIDE4}/32 dev lo\naddr add {OUTSIDE6}/128 dev lo\n"),
+        );
         let eth0 = lab.eni(0);
         ip_batch(
             &lab.node,

@@ -175,6 +175,7 @@ impl World {
     pub fn turn(&mut self, calls: usize) {
         let steps = self.plan();
         for step in steps {
+            self.demand.note_taken(&self.state, &step);
             self.apply(step);
         }
         let again = self.plan();
