@@ -126,6 +126,7 @@ struct MemoryDisk {
     fail: Option<String>,
     fail_point: FailPoint,
     reached: BTreeSet<&'static str>,
+    stopped: bool,
 }
 
 impl MemoryStore {
@@ -135,7 +136,12 @@ impl MemoryStore {
     }
     /// The process that writes here stops for ever at this point.
     pub fn stop_at(&self, fail_point: FailPoint) {
-        self.disk.lock().fail_point = fail_point;
+        let mut disk = self.disk.lock();
+        (disk.fail_point, disk.stopped) = (fail_point, false);
+    }
+    /// It has stopped there.
+    pub fn stopped(&self) -> bool {
+        self.disk.lock().stopped
     }
     /// Every step that was ever committed.
     pub fn reached(&self) -> BTreeSet<&'static str> {
@@ -148,10 +154,13 @@ impl MemoryStore {
     pub(super) fn before(&self, steps: &[&'static str]) -> bool {
         let mut disk = self.disk.lock();
         disk.reached.extend(steps);
-        disk.fail_point.before(steps)
+        disk.stopped |= disk.fail_point.before(steps);
+        disk.stopped
     }
     pub(super) fn after(&self, steps: &[&'static str]) -> bool {
-        self.disk.lock().fail_point.after(steps)
+        let mut disk = self.disk.lock();
+        disk.stopped |= disk.fail_point.after(steps);
+        disk.stopped
     }
 }
 

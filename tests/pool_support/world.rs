@@ -261,7 +261,13 @@ impl World {
                 if !attached {
                     return Err(Trouble::Kernel(format!("no device for {key} yet")));
                 }
-                let prepared = PreparedEni { ifname: format!("eth{}", key.0), ifindex: 1, rx_queues: 2, mtu: 1500 };
+                let prepared = PreparedEni {
+                    ifname: format!("eth{}", key.0),
+                    ifindex: 1,
+                    rx_queues: 2,
+                    mtu: 1500,
+                    receive_cores: vec![],
+                };
                 let _ = record;
                 return Ok(Answer::Prepared(prepared));
             }
