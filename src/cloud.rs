@@ -212,6 +212,8 @@ macro_rules! call {
 call!(
     /// Create a secondary ENI with all its addresses in one call. `ipv4` counts
     /// the primary address. The token must be in the ledger before the call.
+    /// What one call cannot bring (50 IPv4, 10 IPv6) is left out: look at the
+    /// answer, and assign the rest.
     CreateEni {
         vswitch: VSwitchId,
         security_groups: Vec<SecurityGroupId>,
@@ -222,13 +224,37 @@ call!(
         token: ClientToken,
     } -> Eni
 );
-call!(AttachEni { eni: EniId, instance: InstanceId } -> ());
-call!(DetachEni { eni: EniId, instance: InstanceId } -> ());
-call!(DeleteEni { eni: EniId } -> ());
-call!(AssignIpv4 { eni: EniId, count: u32, token: ClientToken } -> Vec<Ipv4Addr>);
-call!(UnassignIpv4 { eni: EniId, addresses: Vec<Ipv4Addr> } -> ());
-call!(AssignIpv6 { eni: EniId, count: u32, token: ClientToken } -> Vec<Ipv6Addr>);
-call!(UnassignIpv6 { eni: EniId, addresses: Vec<Ipv6Addr> } -> ());
+call!(
+    /// Accepted, not finished: describe the ENI until it is `InUse`. Succeeds
+    /// when it is attached to this instance already.
+    AttachEni { eni: EniId, instance: InstanceId } -> ()
+);
+call!(
+    /// Accepted, not finished: describe the ENI until it is `Available`.
+    /// Succeeds when it is gone or no longer on this instance.
+    DetachEni { eni: EniId, instance: InstanceId } -> ()
+);
+call!(
+    /// Succeeds when it is gone already.
+    DeleteEni { eni: EniId } -> ()
+);
+call!(
+    /// The new addresses; all of them or none.
+    AssignIpv4 { eni: EniId, count: u32, token: ClientToken } -> Vec<Ipv4Addr>
+);
+call!(
+    /// Succeeds when they are gone already, some or all.
+    UnassignIpv4 { eni: EniId, addresses: Vec<Ipv4Addr> } -> ()
+);
+call!(
+    /// The new addresses; fewer than asked for when a later one of the calls it
+    /// takes (ten each) was refused.
+    AssignIpv6 { eni: EniId, count: u32, token: ClientToken } -> Vec<Ipv6Addr>
+);
+call!(
+    /// Succeeds when they are gone already, some or all.
+    UnassignIpv6 { eni: EniId, addresses: Vec<Ipv6Addr> } -> ()
+);
 call!(
     /// All pages. Empty filters mean "no restriction on this".
     DescribeEnis {

@@ -14,8 +14,9 @@ use std::process::{Child, Command, Stdio};
 
 use aya::maps::MapInfo;
 use aya::programs::{SchedClassifier, TcAttachType};
-use fairway::datapath::{Adoption, Counters, Datapath, DatapathError, Device, Options, Via};
-use fairway::model::{AttachMode, AttachmentId};
+use fairway::datapath::{Adoption, Counters, Datapath, DatapathError, Device, Options, PodDatapath, Via};
+use fairway::model::{AttachMode, AttachmentId, Bandwidth, EniRef, Lease, Mac, PodKey, Subnet};
+use fairway::netns::{Attachment, PodPrograms as _};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -138,6 +139,7 @@ fn veth_pod(host: &str) -> Netns {
     ip(&format!("link set {host} up"));
     ip(&format!("neigh replace {POD} lladdr 02:00:00:00:00:02 dev {host} nud permanent"));
     pod.run(|| configure_pod("eth0"));
+    wait_for_link(host);
     pod
 }
 
@@ -145,6 +147,20 @@ fn configure_pod(device: &str) {
     ip(&format!("addr add {POD}/24 dev {device}"));
     ip(&format!("link set {device} up"));
     ip(&format!("neigh replace {HOST} lladdr 02:00:00:00:00:01 dev {device} nud permanent"));
+    wait_for_link(device);
+}
+
+/// Returns when the link can carry packets. Its peer being up is not enough: the
+/// kernel activates the queue a moment later, and drops what is sent until then.
+fn wait_for_link(device: &str) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    loop {
+        let shown = Command::new("ip").args(["-o", "link", "show", "dev", device]).output().unwrap();
+        if String::from_utf8_lossy(&shown.stdout).contains(" state UP ") {
+            return;
+        }
+        assert!(std::time::Instant::now() < deadline, "{device} does not come up");
+    }
 }
 
 /// Sends `to_pod` datagrams of `size` bytes into the pod and `from_pod` out of
@@ -271,6 +287,7 @@ fn an_exclusive_eni_is_counted_from_before_it_moves_until_it_is_given_back() {
         ip("link set eni1 name eth0");
         configure_pod("eth0");
     });
+    vpc.run(|| wait_for_link("port"));
     // A retried ADD finds it done.
     datapath.attach(&attachment("x"), AttachMode::Exclusive, pod.device("eth0")).unwrap();
     assert_eq!(datapath.attached().unwrap().first().unwrap().programs, before.first().unwrap().programs);
@@ -302,6 +319,7 @@ fn pods_whose_devices_share_an_index_are_counted_apart() {
         });
         datapath.attach(&attachment(sandbox), AttachMode::Exclusive, pod.device("eth0")).unwrap();
         pod.run(|| configure_pod("eth0"));
+        peer.run(|| wait_for_link("port"));
     }
     for ((pod, peer), packets) in pods.iter().zip(&peers).zip([2, 7]) {
         let outside = peer.run(|| UdpSocket::bind((HOST, 0)).unwrap());
@@ -533,6 +551,79 @@ fn a_device_that_is_missing_is_an_error_that_leaves_nothing() {
         assert!(node.pod_pins().is_empty());
         assert!(datapath.counters().unwrap().is_empty());
     });
+}
+
+fn lease(sandbox: &str, mode: AttachMode, netns: &str) -> Lease {
+    let subnet = Subnet {
+        cidr4: "10.9.0.0/24".parse().unwrap(),
+        gateway4: Ipv4Addr::new(10, 9, 0, 253),
+        cidr6: None,
+        gateway6: None,
+    };
+    let eni = EniRef { id: "eni-1".into(), mac: Mac([2; 6]), vswitch: "vsw-1".into(), primary4: POD, subnet };
+    Lease {
+        attachment: attachment(sandbox),
+        pod: PodKey::new("default", sandbox),
+        pod_uid: None,
+        mode,
+        eni,
+        v4: POD,
+        v6: None,
+        netns: netns.into(),
+        bandwidth: Bandwidth::default(),
+    }
+}
+
+fn index(device: &str) -> u32 {
+    nix::net::if_::if_nametoindex(device).unwrap()
+}
+
+#[test]
+fn wiring_threads_attach_in_parallel_and_verify_what_they_attached() {
+    let Some(node) = Node::new("wiring_threads_attach_in_parallel_and_verify_what_they_attached") else { return };
+    let programs = PodDatapath::new(node.open().0);
+    let names: Vec<_> = (0..8).map(|i| format!("h{i}")).collect();
+    let pods: Vec<_> = names.iter().map(|name| veth_pod(name)).collect();
+    std::thread::scope(|scope| {
+        for name in &names {
+            scope.spawn(|| {
+                let lease = lease(name, AttachMode::Veth, "/nonexistent");
+                let to = Attachment { lease: &lease, host_ifname: name, host_ifindex: index(name), eni_ifindex: None };
+                programs.attach(&to).unwrap();
+                assert!(programs.verify(&to).unwrap().is_empty());
+            });
+        }
+    });
+    assert_eq!(programs.pinned().unwrap().len(), names.len());
+    for name in &names {
+        assert_eq!(programs_on(name), 2);
+        programs.detach(&attachment(name)).unwrap();
+        assert_eq!(programs_on(name), 0);
+    }
+    drop(pods);
+}
+
+#[test]
+fn an_exclusive_enis_programs_are_verified_where_it_is() {
+    let test = "an_exclusive_enis_programs_are_verified_where_it_is";
+    let Some(node) = Node::new(test) else { return };
+    let (datapath, _) = node.open();
+    if !datapath.moves_with_device() {
+        return skipped(test, "tcx (kernel 6.6)");
+    }
+    let programs = PodDatapath::new(datapath);
+    ip("link add eni1 type veth peer name port");
+    let pod = Netns::new();
+    let lease = lease("x", AttachMode::Exclusive, &pod.path());
+    let host = Attachment { lease: &lease, host_ifname: "h", host_ifindex: 0, eni_ifindex: Some(index("eni1")) };
+    programs.attach(&host).unwrap();
+    assert!(programs.verify(&host).unwrap().is_empty());
+    ip(&format!("link set eni1 netns {} name eth0", pod.path()));
+    let moved = Attachment { eni_ifindex: None, ..host };
+    programs.attach(&moved).unwrap();
+    assert!(programs.verify(&moved).unwrap().is_empty());
+    pod.run(|| ip("link set eth0 name other"));
+    assert!(programs.verify(&moved).is_err(), "no such device there");
 }
 
 #[test]

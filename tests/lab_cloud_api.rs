@@ -3,6 +3,8 @@
 //! The signer here is the test's own; `lab_cloud_sdk` drives the same server
 //! with Alibaba's SDK.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -798,6 +800,89 @@ async fn an_instance_is_removed_in_the_middle_of_everything() {
     assert!(cloud.fabric.ports.lock().is_empty());
     assert!(cloud.running.cloud.state().enis.is_empty());
     cloud.assert_fabric_agrees();
+}
+
+#[tokio::test]
+async fn the_cloud_takes_as_long_as_the_real_one_scaled() {
+    let cloud = start(CloudConfig { latency_scale: 0.1, ..config() });
+    cloud.running.cloud.register_instance(&node("i-1", "ecs.g7.4xlarge")).await.unwrap();
+    // A quarter less to a quarter more than the real time, and a slow machine.
+    let within = |begun: Instant, real_ms: u64| {
+        let took = begun.elapsed().as_millis() as u64;
+        assert!((real_ms * 7 / 100..real_ms / 5 + 500).contains(&took), "{took} ms for {real_ms} ms");
+    };
+    let begun = Instant::now();
+    let eni = cloud.eni(&[]).await;
+    within(begun, 1000);
+    let begun = Instant::now();
+    cloud.ask("AttachNetworkInterface", &[("NetworkInterfaceId", &eni), ("InstanceId", "i-1")]).await.unwrap();
+    assert_eq!(cloud.status(&eni).await, "Attaching");
+    assert!(!cloud.fabric.ports.lock().contains_key(&eni), "no device before it is InUse");
+    cloud.until(&eni, "InUse").await;
+    within(begun, 4000);
+    let begun = Instant::now();
+    cloud.assign(&eni, &[("SecondaryPrivateIpAddressCount", "1")]).await.unwrap();
+    within(begun, 600);
+    let begun = Instant::now();
+    cloud.ask("DetachNetworkInterface", &[("NetworkInterfaceId", &eni), ("InstanceId", "i-1")]).await.unwrap();
+    assert_eq!(cloud.status(&eni).await, "Detaching");
+    cloud.until(&eni, "Available").await;
+    within(begun, 3000);
+}
+
+#[tokio::test]
+async fn the_same_seed_gives_the_same_cloud() {
+    let mut made = Vec::new();
+    for _ in 0..2 {
+        let cloud = start(config());
+        cloud.eni(&[("SecondaryPrivateIpAddressCount", "5"), ("Ipv6AddressCount", "2")]).await;
+        let eni = cloud.running.cloud.state().enis.remove(0);
+        made.push((eni.id, eni.mac, eni.v4, eni.v6));
+    }
+    assert_eq!(made[0], made[1]);
+}
+
+#[tokio::test]
+async fn alone_it_serves_until_it_is_told_to_end() {
+    use fairway::lab::cloud::{ServeConfig, serve};
+    let folder = tempfile::tempdir().unwrap();
+    let any = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
+    let config = ServeConfig {
+        cloud: config(),
+        https: any,
+        http: any,
+        metadata: any,
+        admin: any,
+        ca_file: Some(folder.path().join("ca.pem")),
+        nodes: vec![node("i-1", "ecs.g7.4xlarge")],
+        peers: [(IpAddr::V4(Ipv4Addr::LOCALHOST), "i-1".to_owned())].into(),
+    };
+    let fabric = Arc::new(Recorder::default());
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let ready = |running: &Running| {
+        tell.send((running.cloud.clone(), running.metadata.unwrap(), running.https)).unwrap_or_default()
+    };
+    let serving = tokio::spawn(serve(config, fabric.clone(), ready));
+    let (lab, metadata, https) = told.await.unwrap();
+    assert!(https.is_some());
+    let pem = std::fs::read_to_string(folder.path().join("ca.pem")).unwrap();
+    assert_eq!(Some(pem.as_str()), lab.ca_pem());
+    let head = "GET /latest/meta-data/instance-id HTTP/1.1\r\nhost: m\r\nconnection: close\r\n\r\n";
+    assert_eq!(exchange(metadata, head.into(), b"").await, Some((200, "i-1".into())));
+    assert_eq!(fabric.ports.lock().len(), 1);
+    nix::sys::signal::raise(nix::sys::signal::Signal::SIGTERM).unwrap();
+    serving.await.unwrap().unwrap();
+    assert!(fabric.ports.lock().is_empty(), "nothing is left on the packet side");
+    assert!(TcpStream::connect(metadata).await.is_err());
+}
+
+#[tokio::test]
+async fn an_address_in_use_is_a_clear_error() {
+    use fairway::lab::cloud::{ServeConfig, serve};
+    let taken = local().unwrap();
+    let config = ServeConfig { https: taken.local_addr().ok(), metadata: None, admin: None, ..ServeConfig::default() };
+    let error = serve(config, Arc::new(NullFabric), |_| {}).await.unwrap_err().to_string();
+    assert!(error.contains("cannot listen on 127.0.0.1") && error.contains("https"), "{error}");
 }
 
 #[tokio::test]

@@ -245,6 +245,19 @@ impl CloudLab {
 }
 
 impl Running {
+    /// [`Running::shutdown`], but first every instance is removed, so that the
+    /// fabric holds nothing of this cloud any more.
+    pub async fn retire(self) {
+        // Nobody waits any more for what only takes time.
+        self.cloud.engine.stop.cancel();
+        for instance in self.cloud.instances() {
+            if let Err(error) = self.cloud.remove_instance(&instance.id).await {
+                tracing::warn!(instance = instance.id, %error, "the instance could not be removed");
+            }
+        }
+        self.shutdown().await;
+    }
+
     /// Stops accepting, lets answers in progress end, abandons what is only
     /// waiting. Nothing is detached: the fabric belongs to the caller.
     pub async fn shutdown(self) {

@@ -14,7 +14,7 @@ use parking_lot::{Condvar, Mutex};
 use super::message::{self, Devices};
 use super::names::{self, link_names};
 use super::nl::{GONE, Nl, NlError};
-use super::objects::{Dev, Key, Side, State, Value, word};
+use super::objects::{Dev, Key, LinkKind, State, Value, word};
 use super::plan::{self, Facts, Op};
 use super::programs::{Attachment, PodPrograms};
 use super::read::{self, Device};
@@ -99,7 +99,7 @@ impl Desk {
         facts.mtu = shared.config.mtu.unwrap_or(mtu);
         match (lease.mode, &eni) {
             (AttachMode::Veth, Some(eni)) => site.devices.set(Dev::Eni, eni.index, &eni.name),
-            (_, eni) => site.eni = eni.clone().map(|d| (d, Side::Node)),
+            (_, eni) => site.eni = eni.clone(),
         }
 
         // A pod that is wired for the first time has nothing of ours; that the
@@ -108,7 +108,7 @@ impl Desk {
         let mut actual = State::new();
         if eni.is_none() {
             actual = site.read(host.as_ref(), &State::new(), &[]).map_err(cause)?;
-            facts.mtu = shared.config.mtu.unwrap_or(known_mtu(&actual, &site, lease)?);
+            facts.mtu = shared.config.mtu.unwrap_or(known_mtu(&actual, lease)?);
         }
         let desired = plan::desired(&shared.config, lease, &facts);
         if !first {
@@ -396,12 +396,12 @@ fn ips(lease: &Lease) -> Vec<IpAddr> {
 }
 
 /// The MTU of an exclusive ENI that is in the pod already.
-fn known_mtu(actual: &State, site: &Site<'_>, lease: &Lease) -> Result<u32, WireError> {
-    match (actual.get(&Key::Link(Dev::Pod)), &site.eni) {
-        (Some(Value::Link(l)), _) if l.kind == super::objects::LinkKind::MovedEni => Ok(l.mtu.unwrap_or(1500)),
-        (_, Some((device, _))) => Ok(device.mtu),
-        _ => Err(WireError::DeviceMissing(lease.eni.id.clone())),
-    }
+fn known_mtu(actual: &State, lease: &Lease) -> Result<u32, WireError> {
+    let mtu = |dev| match actual.get(&Key::Link(dev)) {
+        Some(Value::Link(l)) if l.kind == LinkKind::MovedEni => l.mtu,
+        _ => None,
+    };
+    mtu(Dev::Pod).or_else(|| mtu(Dev::Stray)).ok_or_else(|| WireError::DeviceMissing(lease.eni.id.clone()))
 }
 
 fn attachment<'a>(lease: &'a Lease, devices: &'a Devices) -> Attachment<'a> {

@@ -131,7 +131,14 @@ pub(super) fn delete(key: &Key, value: &Value, devices: &Devices, out: &mut Vec<
         }
         (Key::Rule(priority, selector), Value::Rule(table)) => Rtnl::DelRule(rule(*priority, *selector, *table)),
         (Key::Queue(dev), _) => Rtnl::DelQueueDiscipline(qdisc(devices.index(*dev), TcHandle::ROOT)),
-        (Key::Redirect(dev), _) => Rtnl::DelQueueDiscipline(qdisc(devices.index(*dev), TcHandle::INGRESS)),
+        (Key::Redirect(dev), _) => {
+            out.push(request(&*what, Rtnl::DelTrafficFilter(redirect_filter(devices.index(*dev))), 0, NO_FILTER));
+            // Only when it is the plain hook that we made.
+            let mut hook = qdisc(devices.index(*dev), TcHandle::INGRESS);
+            hook.attributes = vec![TcAttribute::Kind("ingress".to_owned())];
+            out.push(request(what, Rtnl::DelQueueDiscipline(hook), 0, NO_FILTER));
+            return;
+        }
         _ => return,
     };
     out.push(request(what, message, 0, GONE));
@@ -364,16 +371,27 @@ fn token_bucket(index: u32, bucket: &TokenBucket) -> TcMessage {
     message
 }
 
+/// Errors that mean there is no such filter or hook.
+const NO_FILTER: &[i32] = &[libc::ENOENT, libc::EINVAL, libc::ENODEV, libc::EOPNOTSUPP];
+
+/// The place of our filter: last in line, whatever else hangs there; for every
+/// protocol (`ETH_P_ALL`).
+fn redirect_filter(index: u32) -> TcMessage {
+    const PRIORITY: u16 = 49_000;
+    let mut filter = qdisc(index, TcHandle { major: 0xffff, minor: 0 });
+    filter.header.info = u32::from(TcHandle { major: PRIORITY, minor: 3u16.to_be() });
+    filter
+}
+
 /// An ingress hook and one filter that sends everything through `to`.
 fn redirect(what: String, index: u32, to: u32, out: &mut Vec<Request>) {
+    // One that led to a device that is gone would be found first.
+    out.push(request(&*what, Rtnl::DelTrafficFilter(redirect_filter(index)), 0, NO_FILTER));
     let mut ingress = qdisc(index, TcHandle::INGRESS);
     ingress.header.handle = TcHandle { major: 0xffff, minor: 0 };
     ingress.attributes = vec![TcAttribute::Kind("ingress".to_owned())];
     out.push(request(&*what, Rtnl::NewQueueDiscipline(ingress), NLM_F_CREATE | NLM_F_EXCL, THERE));
-    let mut filter = qdisc(index, TcHandle { major: 0xffff, minor: 0 });
-    // Last in line, whatever else hangs there; for every protocol (ETH_P_ALL).
-    const PRIORITY: u16 = 49_000;
-    filter.header.info = u32::from(TcHandle { major: PRIORITY, minor: 3u16.to_be() });
+    let mut filter = redirect_filter(index);
     let mut selector = TcU32Selector::default();
     selector.flags = TcU32SelectorFlags::Terminal;
     selector.nkeys = 1;

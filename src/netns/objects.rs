@@ -37,6 +37,8 @@ pub enum Dev {
     NodeLink,
     /// Exclusive mode: the queue for incoming traffic.
     Shaper,
+    /// An exclusive ENI that is in the pod under another name than it should.
+    Stray,
     /// The pod's loopback.
     Loopback,
 }
@@ -45,7 +47,7 @@ impl Dev {
     pub fn side(self) -> Side {
         match self {
             Dev::Eni | Dev::HostLink => Side::Node,
-            Dev::Pod | Dev::NodeLink | Dev::Shaper | Dev::Loopback => Side::Pod,
+            Dev::Pod | Dev::NodeLink | Dev::Shaper | Dev::Stray | Dev::Loopback => Side::Pod,
         }
     }
 }
@@ -159,15 +161,23 @@ pub enum Value {
 
 pub type State = BTreeMap<Key, Value>;
 
-/// The devices an object cannot be without.
-pub fn needs(key: &Key, value: &Value) -> [Option<Dev>; 2] {
+/// The device an object is on: it goes with it.
+pub fn on(key: &Key, value: &Value) -> Option<Dev> {
     match (key, value) {
-        (Key::Route(..), Value::Route { dev, .. }) => [Some(*dev), None],
-        (Key::Redirect(dev), Value::Redirect(to)) => [Some(*dev), Some(*to)],
-        (Key::Setting(dev, _) | Key::Address(dev, _) | Key::Neighbour(dev, _) | Key::Queue(dev), _) => {
-            [Some(*dev), None]
-        }
-        _ => [None, None],
+        (Key::Route(..), Value::Route { dev, .. }) => Some(*dev),
+        (
+            Key::Setting(dev, _) | Key::Address(dev, _) | Key::Neighbour(dev, _) | Key::Queue(dev) | Key::Redirect(dev),
+            _,
+        ) => Some(*dev),
+        _ => None,
+    }
+}
+
+/// Another device an object is useless without, but outlives.
+pub fn points_at(value: &Value) -> Option<Dev> {
+    match value {
+        Value::Redirect(to) => Some(*to),
+        _ => None,
     }
 }
 

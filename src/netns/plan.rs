@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::names::{self, LinkNames};
-use super::objects::{Dev, Key, Link, LinkKind, Selector, Setting, Side, State, TokenBucket, Value, needs};
+use super::objects::{Dev, Key, Link, LinkKind, Selector, Setting, Side, State, TokenBucket, Value, on, points_at};
 use super::{Config, exclusive, veth};
 use crate::model::{AttachMode, EniRef, Lease, Mac};
 
@@ -137,11 +137,12 @@ pub fn token_bucket(bits_per_second: u64, mtu: u32) -> TokenBucket {
 /// device loses its routes and neighbours.
 pub fn diff(desired: &State, actual: &State) -> Result<Vec<Op>, Conflict> {
     let doomed = doomed(desired, actual)?;
+    let gone = |dev: Option<Dev>| dev.is_some_and(|dev| doomed.contains(&dev));
     let stays = |key: &Key, value: &Value| match key {
         Key::Link(dev) => !doomed.contains(dev),
         // A device that gets another hardware address forgets its neighbours.
         Key::Neighbour(dev, _) if new_mac(*dev, desired, actual) => false,
-        _ => !needs(key, value).iter().flatten().any(|dev| doomed.contains(dev)),
+        _ => !gone(on(key, value)),
     };
     let mut ops = Vec::new();
     let mut addresses = Vec::new();
@@ -167,7 +168,7 @@ pub fn diff(desired: &State, actual: &State) -> Result<Vec<Op>, Conflict> {
         if first_after_addresses(key) {
             ops.extend(addresses.take().unwrap_or_default());
         }
-        let there = actual.get(key).filter(|value| stays(key, value));
+        let there = actual.get(key).filter(|value| stays(key, value) && !gone(points_at(value)));
         if !there.is_some_and(|value| matches_wish(value, wanted)) {
             ops.push(Op::Put(key.clone(), change(wanted, there)));
         }

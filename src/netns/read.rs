@@ -277,7 +277,8 @@ pub(super) fn on_device(nl: &mut Nl, dev: Dev, devices: &Devices, state: &mut St
         {
             state.insert(Key::Queue(dev), Value::Queue(bucket));
         }
-        if q.attributes.contains(&TcAttribute::Kind("ingress".to_owned()))
+        let hook = |a: &TcAttribute| matches!(a, TcAttribute::Kind(kind) if kind == "ingress" || kind == "clsact");
+        if q.attributes.iter().any(hook)
             && let Some(to) = redirect_target(nl, index)?.and_then(|to| devices.role(dev.side(), to))
         {
             state.insert(Key::Redirect(dev), Value::Redirect(to));

@@ -11,8 +11,8 @@ use std::os::fd::AsFd as _;
 use netlink_packet_route::link::InfoKind;
 
 use super::message::{self, Devices};
-use super::names::LinkNames;
-use super::nl::{Nl, NlError, Request};
+use super::names::{LinkNames, eni_home_name, shaper};
+use super::nl::{GONE, Nl, NlError, Request};
 use super::objects::{Dev, Key, Link, LinkKind, Side, State, Value};
 use super::plan::Op;
 use super::read::{self, Device};
@@ -38,9 +38,8 @@ pub(super) struct Site<'a> {
     pub(super) peer: Dev,
     /// The hardware address of an exclusive ENI.
     pub(super) eni_mac: Option<Mac>,
-    /// An exclusive ENI's device while it is not yet the pod's interface, and
-    /// where it is.
-    pub(super) eni: Option<(Device, Side)>,
+    /// An exclusive ENI's device while it is in the node's namespace.
+    pub(super) eni: Option<Device>,
     pub(super) devices: Devices,
 }
 
@@ -51,7 +50,7 @@ impl Site<'_> {
     /// The devices of the pod's side, with what they are to us.
     fn pod_links(&mut self, host: Option<&Device>, state: &mut State) -> Result<(), NlError> {
         let Some(pod) = self.pod.as_mut() else { return Ok(()) };
-        let shaper = super::names::shaper(&self.names.host);
+        let shaper = shaper(&self.names.host);
         for d in read::devices(&mut pod.nl)? {
             let ours = host.is_some_and(|h| h.peer == Some(d.index) && d.peer == Some(h.index))
                 && d.kind == Some(InfoKind::Veth);
@@ -60,11 +59,7 @@ impl Site<'_> {
             } else if ours {
                 (if d.name == self.ifname { Dev::Pod } else { Dev::NodeLink }, LinkKind::Peer)
             } else if self.eni_mac.is_some() && d.mac == self.eni_mac && read::may_be_eni(&d) {
-                // Under another name it is not wired yet, but it is here.
-                if d.name != self.ifname {
-                    self.eni = Some((d.clone(), Side::Pod));
-                }
-                (Dev::Pod, if d.name == self.ifname { LinkKind::MovedEni } else { continue })
+                (if d.name == self.ifname { Dev::Pod } else { Dev::Stray }, LinkKind::MovedEni)
             } else if d.name == self.ifname {
                 (Dev::Pod, LinkKind::Foreign)
             } else if d.name == shaper && d.kind == Some(InfoKind::Ifb) {
@@ -154,6 +149,7 @@ impl Site<'_> {
         let mut node = Vec::new();
         let mut pod = Vec::new();
         let mut gone = BTreeSet::new();
+        let mut returned = None;
         for op in ops {
             let Op::Delete(key, value) = op else { continue };
             if matches!(key, Key::Address(..)) {
@@ -161,15 +157,12 @@ impl Site<'_> {
                 continue;
             }
             match (key, value) {
-                (Key::Link(Dev::Pod), Value::Link(Link { kind: LinkKind::MovedEni, mac, .. })) => {
-                    let name = super::names::eni_home_name(mac.or(self.eni_mac).unwrap_or(Mac([0; 6])));
-                    pod.push(message::move_link(
-                        self.devices.name(Dev::Pod),
-                        self.devices.index(Dev::Pod),
-                        self.home.as_fd(),
-                        &name,
-                    ));
-                    gone.insert(Dev::Pod);
+                (Key::Link(dev), Value::Link(Link { kind: LinkKind::MovedEni, mac: Some(mac), .. })) => {
+                    let name = eni_home_name(*mac);
+                    let (from, index) = (self.devices.name(*dev), self.devices.index(*dev));
+                    pod.push(message::move_link(from, index, self.home.as_fd(), &name));
+                    returned = Some(name);
+                    gone.insert(*dev);
                 }
                 _ => {
                     let out = if side(key, value) == Side::Node { &mut node } else { &mut pod };
@@ -188,6 +181,12 @@ impl Site<'_> {
         let mut errors = Vec::new();
         if let (Some(side), false) = (self.pod.as_mut(), pod.is_empty()) {
             errors.extend(failures(&mut side.nl, pod));
+        }
+        if let Some(name) = returned {
+            match self.host.all(vec![message::get_link(&name, GONE)]) {
+                Ok(answers) => self.eni = answers.first().and_then(|a| read::first_device(a)),
+                Err(e) => errors.push(e),
+            }
         }
         if !node.is_empty() {
             errors.extend(failures(self.host, node));
@@ -212,7 +211,7 @@ impl Site<'_> {
                 fresh.extend([*dev, peer]);
             }
         }
-        if let Some((eni, Side::Node)) = &self.eni {
+        if let Some(eni) = &self.eni {
             self.devices.set(Dev::Eni, eni.index, &eni.name);
         }
         ready(&self.devices).map_err(|cause| NlError { what: "program".to_owned(), errno: 0, cause })?;
@@ -275,7 +274,7 @@ impl Site<'_> {
 
     fn move_eni(&mut self, dev: Dev) -> Result<(), NlError> {
         let ifname = self.ifname.clone();
-        let Some((eni, at)) = self.eni.take() else {
+        let Some(eni) = self.eni.take() else {
             return Err(NlError {
                 what: "ENI".to_owned(),
                 errno: libc::ENODEV,
@@ -283,10 +282,7 @@ impl Site<'_> {
             });
         };
         let Some(pod) = self.pod.as_mut() else { return Err(no_namespace()) };
-        match at {
-            Side::Pod => pod.nl.all(message::rename_down(&eni.name, eni.index, &ifname).into())?,
-            Side::Node => self.host.all(vec![message::move_link(&eni.name, eni.index, pod.ns.as_fd(), &ifname)])?,
-        };
+        self.host.all(vec![message::move_link(&eni.name, eni.index, pod.ns.as_fd(), &ifname)])?;
         let answers = pod.nl.all(vec![message::get_link(&ifname, &[])])?;
         if let Some(there) = answers.first().and_then(|a| read::first_device(a)) {
             self.devices.set(dev, there.index, &ifname);
@@ -296,7 +292,7 @@ impl Site<'_> {
     }
 
     fn make_ifb(&mut self, dev: Dev) -> Result<(), NlError> {
-        let name = super::names::shaper(&self.names.host);
+        let name = shaper(&self.names.host);
         let pod = self.pod_side()?;
         let answers = pod.nl.all(vec![message::new_ifb(&name), message::get_link(&name, &[])])?;
         if let Some(there) = answers.last().and_then(|a| read::first_device(a)) {

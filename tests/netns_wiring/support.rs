@@ -100,18 +100,29 @@ pub fn snapshot(ns: &str) -> String {
                 },
                 _ => line.to_owned(),
             };
-            out += line.replace("state UNKNOWN", "state UP").trim_end();
+            let line = [
+                ("NO-CARRIER,", ""),
+                (",LOWER_UP", ""),
+                (" linkdown", ""),
+                (" state UNKNOWN", ""),
+                (" state UP", ""),
+                (" state DOWN", ""),
+            ]
+            .iter()
+            .fold(line, |line, (from, to)| line.replace(from, to));
+            out += line.trim_end();
             out.push('\n');
         }
     }
     let qdiscs = Command::new("tc").args(["-n", ns, "qdisc"]).output().unwrap().stdout;
+    let mut lines: Vec<String> = Vec::new();
     for line in String::from_utf8(qdiscs).unwrap().lines() {
         let mut words: Vec<&str> = line.split_whitespace().collect();
         words.remove(2);
-        out += &words.join(" ");
-        out.push('\n');
+        lines.push(words.join(" "));
     }
-    out
+    lines.sort();
+    out + &lines.join("\n")
 }
 
 /// Run in a namespace, on a thread of its own.

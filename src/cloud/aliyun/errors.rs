@@ -109,6 +109,7 @@ fn classify(api: Api, code: &str, retry_after: Duration) -> (CloudErrorKind, Str
             (Kind::QuotaExceeded, "have this quota raised in the cloud's quota centre, or free what counts against it")
         }
         _ if keys_are_stale(code)
+            || code == "MissingSecurityToken"
             || code.starts_with("SignatureDoesNotMatch")
             || code.starts_with("IncompleteSignature") =>
         {
@@ -133,7 +134,7 @@ fn classify(api: Api, code: &str, retry_after: Duration) -> (CloudErrorKind, Str
         _ if code.starts_with("Idempotent") || code.starts_with("Idempotence") => {
             (Kind::TokenMismatch, "nothing to do: the next try uses a new client token")
         }
-        _ if code.starts_with("InvalidOperation.InvalidEni")
+        _ if code.starts_with("InvalidOperation.InvalidEniState")
             || code.starts_with("InvalidEniState")
             || code.starts_with("IncorrectEniStatus")
             || code.starts_with("IncorrectInstanceStatus")
@@ -204,6 +205,8 @@ mod tests {
             ("SignatureDoesNotMatch", Kind::Forbidden),
             ("SignatureNonceUsed", Kind::Transport),
             ("InvalidTimeStamp.Expired", Kind::Rejected),
+            ("InvalidOperation.InvalidEniType", Kind::Rejected),
+            ("MissingSecurityToken", Kind::Forbidden),
             ("MissingParameter", Kind::Rejected),
         ] {
             let failure = refused(400, code);

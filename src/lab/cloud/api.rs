@@ -165,7 +165,11 @@ impl ApiServer {
         let body = json!({
             "RequestId": request_id, "HostId": host, "Code": code, "Message": message, "Recommend": recommend,
         });
-        Answer::json(error.status, &body)
+        let mut answer = Answer::json(error.status, &body);
+        if let (Answer::Reply(response), Some(wait)) = (&mut answer, error.retry_after_ms) {
+            response.headers_mut().insert("x-acs-retry-after", wait.into());
+        }
+        answer
     }
 }
 

@@ -262,7 +262,7 @@ impl CloudConfig {
             return Err(ConfigError::Range { what: "sts_lifetime_seconds", range: "1 and 86400" });
         }
         if self.metadata_lag_ms > super::metadata::MAX_LAG_MS {
-            return Err(ConfigError::Range { what: "metadata_lag_ms", range: "0 and 600000" });
+            return Err(ConfigError::Range { what: "metadata_lag_ms", range: "0 and 120000" });
         }
         Ok(())
     }

@@ -336,21 +336,21 @@ impl Engine {
         if result.is_ok() {
             result = self.fabric.attach(port).await;
         }
+        let Err(error) = result else {
+            let mut world = self.world();
+            world.account.finish_attach(&instance.primary_eni, 1, true);
+            self.publish(&mut world, &instance.id);
+            drop(world);
+            self.settled.notify_waiters();
+            return Ok(instance);
+        };
+        // Whatever half of it is there must not stay.
+        let _ = self.fabric.detach(&instance.primary_eni).await;
+        let _ = self.fabric.instance_removed(&instance.id).await;
         let mut world = self.world();
-        match result {
-            Ok(()) => {
-                world.account.finish_attach(&instance.primary_eni, 1, true);
-                self.publish(&mut world, &instance.id);
-                drop(world);
-                self.settled.notify_waiters();
-                Ok(instance)
-            }
-            Err(error) => {
-                Self::fabric_failed(&mut world, &error);
-                world.account.finish_removal(&instance.id);
-                Err(ApiError::internal(error))
-            }
-        }
+        Self::fabric_failed(&mut world, &error);
+        world.account.finish_removal(&instance.id);
+        Err(ApiError::internal(error))
     }
 
     /// Removes an instance: all its ENIs are detached, those that are

@@ -13,11 +13,13 @@ pub struct ApiError {
     pub status: u16,
     pub code: String,
     pub message: String,
+    /// When a throttled caller may come again.
+    pub retry_after_ms: Option<u64>,
 }
 
 impl ApiError {
     pub fn new(status: u16, code: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { status, code: code.into(), message: message.into() }
+        Self { status, code: code.into(), message: message.into(), retry_after_ms: None }
     }
 
     pub fn missing(parameter: &str) -> Self {

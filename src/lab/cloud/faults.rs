@@ -13,6 +13,7 @@ use rand::rngs::StdRng;
 use serde::{Deserialize, Serialize};
 
 use super::error::ApiError;
+use super::metadata::MAX_LAG_MS;
 use super::state::Millis;
 use super::throttle::throttled;
 
@@ -117,7 +118,8 @@ impl FaultSpec {
     fn validate(&self) -> Result<(), ApiError> {
         let status = |s: &u16| (400..600).contains(s);
         let fine = match &self.fault {
-            Fault::Latency { ms } | Fault::MetadataLag { ms } => *ms <= MAX_LATENCY_MS,
+            Fault::Latency { ms } => *ms <= MAX_LATENCY_MS,
+            Fault::MetadataLag { ms } => *ms <= MAX_LAG_MS,
             Fault::ServerError { status: s, code } => status(s) && code.as_ref().is_none_or(|c| c.len() <= 128),
             Fault::Throttle { code } => code.as_ref().is_none_or(|c| c.len() <= 128),
             Fault::LostReply { status: s } | Fault::MetadataDown { status: s } => s.as_ref().is_none_or(status),

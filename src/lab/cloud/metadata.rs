@@ -13,7 +13,7 @@ use super::state::{Account, Eni, EniStatus, Millis};
 pub(super) mod server;
 
 /// Most the service may be behind.
-pub const MAX_LAG_MS: u64 = 600_000;
+pub const MAX_LAG_MS: u64 = 120_000;
 /// Configured lag and an injected one may add up.
 const KEEP_MS: u64 = 2 * MAX_LAG_MS;
 const MAX_VIEWS: usize = 4096;

@@ -157,8 +157,8 @@ impl Params {
                 return Err(ApiError::new(400, "Duplicate.TagKey", "The Tag.N.Key contain duplicate key."));
             }
         }
-        let beyond = format!("Tag.{}.Key", MAX_TAGS + 1);
-        if self.get(&beyond).is_some() {
+        let index = |name: &str| name.strip_prefix("Tag.")?.split('.').next()?.parse::<u32>().ok();
+        if self.0.keys().filter_map(|name| index(name)).any(|n| n == 0 || n > MAX_TAGS) {
             return Err(ApiError::new(400, "InvalidTag.Count", format!("More than {MAX_TAGS} tags.")));
         }
         Ok(tags)
@@ -206,6 +206,24 @@ mod tests {
         assert!(params("n=99999999999999999999").int("n", 0..=9).is_err());
         assert!(params("Id.x=1").list("Id", 9).is_err());
         assert!(params("Id.0=1").list("Id", 9).is_err());
+        assert!(params("Tag.21.Key=x").tags().is_err());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_breaks_the_reader(text in ".{0,200}", list in "(Id|Tag)\\.[0-9]{0,12}(\\.Key)?=[a-z%+]{0,4}") {
+            for text in [text, list] {
+                if let Ok(params) = decode_pairs(&text).and_then(Params::new) {
+                    let _ = (params.list("Id", 10), params.tags(), params.int("Id", 0..=9), params.flag("Id"));
+                }
+            }
+        }
+
+        #[test]
+        fn what_is_encoded_reads_back(value in ".{0,60}") {
+            let pairs = decode_pairs(&format!("k={}", encode(&value))).unwrap();
+            proptest::prop_assert_eq!(pairs, vec![("k".to_owned(), value)]);
+        }
     }
 
     #[test]

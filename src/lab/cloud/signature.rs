@@ -265,6 +265,18 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_authorization_breaks_the_reader(text in "(ACS3-HMAC-SHA256 )?[ -~]{0,120}", date in "[ -~]{0,30}") {
+            let mut headers = recorded().requests[0].headers();
+            headers.insert("authorization", text.parse().unwrap());
+            proptest::prop_assert!(Claim::read(&headers).is_err() || text.contains("Signature="));
+            headers = recorded().requests[0].headers();
+            headers.insert("x-acs-date", date.parse().unwrap());
+            let _ = Claim::read(&headers);
+        }
+    }
+
     #[test]
     fn an_unsigned_acs_header_is_refused() {
         let recorded = recorded();

@@ -5,14 +5,15 @@
 //! HTTP. Owner: `main`. Invariant: returns on SIGINT or SIGTERM after an orderly
 //! end, the nodes' ENIs detached.
 
-use std::net::{SocketAddr, TcpListener};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{ApiError, CloudConfig, CloudLab, Listeners, RegisterInstance, Running, StartError};
+use super::{ApiError, CloudConfig, CloudLab, Listeners, RegisterInstance, Resolver, Running, StartError};
 use crate::lab::fabric::Fabric;
 
 /// Where to listen and what to serve.
@@ -28,6 +29,9 @@ pub struct ServeConfig {
     pub ca_file: Option<PathBuf>,
     /// Registered at the start.
     pub nodes: Vec<RegisterInstance>,
+    /// Peers of the metadata service that do not come from an ENI's address:
+    /// address → instance, for an agent outside the simulated VPC.
+    pub peers: BTreeMap<IpAddr, String>,
 }
 
 impl Default for ServeConfig {
@@ -41,6 +45,7 @@ impl Default for ServeConfig {
             admin: local(7490),
             ca_file: None,
             nodes: Vec::new(),
+            peers: BTreeMap::new(),
         }
     }
 }
@@ -81,6 +86,7 @@ pub async fn serve(
         http: bind("http", config.http)?,
         metadata: bind("metadata", config.metadata)?,
         admin: bind("admin", config.admin)?,
+        resolver: Resolver::Peers(config.peers),
         ..Listeners::default()
     };
     let running = CloudLab::start(config.cloud, fabric, listeners)?;
@@ -92,12 +98,7 @@ pub async fn serve(
             _ = terminate.recv() => {}
         }
     }
-    for instance in running.cloud.instances() {
-        if let Err(error) = running.cloud.remove_instance(&instance.id).await {
-            tracing::warn!(instance = instance.id, %error, "the instance could not be removed");
-        }
-    }
-    running.shutdown().await;
+    running.retire().await;
     started
 }
 

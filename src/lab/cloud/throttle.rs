@@ -39,12 +39,11 @@ impl Throttle {
     /// `api` is one of the APIs the cloud has: the number of buckets is bounded.
     pub fn admit(&mut self, api: &str, now: Millis) -> Result<(), ApiError> {
         let limit = self.config.per_api.get(api).copied().unwrap_or(self.config.default_per_minute);
-        if !self.has_token(api, limit, now) {
-            return Err(throttled("Throttling.User"));
-        }
         let account = self.config.account_per_minute;
-        if !self.has_token("", account, now) {
-            return Err(throttled("Throttling"));
+        for (name, per_minute, code) in [(api, limit, "Throttling.User"), ("", account, "Throttling")] {
+            if let Some(wait) = self.wait(name, per_minute, now) {
+                return Err(ApiError { retry_after_ms: Some(wait), ..throttled(code) });
+            }
         }
         for name in [api, ""] {
             if let Some(bucket) = self.buckets.get_mut(name) {
@@ -54,14 +53,16 @@ impl Throttle {
         Ok(())
     }
 
-    fn has_token(&mut self, name: &str, per_minute: u32, now: Millis) -> bool {
+    /// How long until the bucket has a token again; `None` when it has one.
+    fn wait(&mut self, name: &str, per_minute: u32, now: Millis) -> Option<u64> {
         if per_minute == 0 {
-            return true;
+            return None;
         }
         let full = Bucket { tokens: f64::from(per_minute), at: now };
         let bucket = self.buckets.entry(name.to_owned()).or_insert(full);
         bucket.refill(per_minute, now);
-        bucket.tokens >= 1.0
+        let missing = 1.0 - bucket.tokens;
+        (missing > 0.0).then(|| (missing * MINUTE_MS / f64::from(per_minute)).ceil() as u64)
     }
 }
 
@@ -89,7 +90,8 @@ mod tests {
         let mut throttle = throttle(60, 0);
         let passed = (0..100).filter(|_| throttle.admit("A", 0).is_ok()).count();
         assert_eq!(passed, 60);
-        assert_eq!(throttle.admit("A", 0).unwrap_err().code, "Throttling.User");
+        let refused = throttle.admit("A", 0).unwrap_err();
+        assert_eq!((refused.code.as_str(), refused.retry_after_ms), ("Throttling.User", Some(1000)));
         let passed = (0..100).filter(|_| throttle.admit("A", 10_000).is_ok()).count();
         assert_eq!(passed, 10);
         throttle.admit("B", 0).unwrap();

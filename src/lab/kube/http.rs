@@ -184,7 +184,8 @@ fn document(route: &Route, headers: &HeaderMap) -> Result<Response, ApiError> {
         Route::OpenApi(group, version) => found(openapi::v3(group, version))?,
         Route::OpenApiV2 => {
             if accept.contains("protobuf") && !accept.contains("json") {
-                let format = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+                // The format's own name (it has an @) is one that Go cannot parse.
+                let format = "application/octet-stream";
                 let mut response = Response::new(Body::from(openapi::v2_protobuf()));
                 response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(format));
                 return Ok(response);

@@ -269,6 +269,7 @@ pub static KINDS: &[Kind] = &[
         generation = true
     ),
     kind!(apps::v1::DaemonSet, "daemonsets", "daemonset", ["ds"], all = true, status = true, generation = true),
+    kind!(apps::v1::ControllerRevision, "controllerrevisions", "controllerrevision", []),
     kind!(discovery::v1::EndpointSlice, "endpointslices", "endpointslice", [], generation = true),
     kind!(events::v1::Event, "events", "event", ["ev"]),
     kind!(networking::v1::NetworkPolicy, "networkpolicies", "networkpolicy", ["netpol"], generation = true),

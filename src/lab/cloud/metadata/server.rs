@@ -3,7 +3,8 @@
 //! Invariants: an instance only ever sees itself; a token works for the
 //! instance it was issued to and for its time; tokens are not stored.
 
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
@@ -25,6 +26,8 @@ pub enum Resolver {
     /// The one whose attached ENI has the peer's address.
     #[default]
     ByAddress,
+    /// The one named for the peer's address; any other peer by its ENI.
+    Peers(BTreeMap<IpAddr, String>),
     Custom(Arc<dyn Fn(SocketAddr) -> Option<String> + Send + Sync>),
 }
 
@@ -51,14 +54,15 @@ impl MetadataServer {
             Some(Some(status)) => return Answer::text(status, "an injected fault"),
             None => {}
         }
+        let peer = call.peer.ip().to_canonical();
+        let by_address = || self.engine.world().account.instance_at(peer).map(str::to_owned);
         let instance = match &self.resolver {
-            Resolver::ByAddress => {
-                self.engine.world().account.instance_at(call.peer.ip().to_canonical()).map(str::to_owned)
-            }
+            Resolver::ByAddress => by_address(),
+            Resolver::Peers(peers) => peers.get(&peer).cloned().or_else(by_address),
             Resolver::Custom(resolve) => resolve(call.peer),
         };
         let Some(instance) = instance else {
-            return Answer::text(404, format!("no instance has the address {}", call.peer.ip()));
+            return Answer::text(404, format!("no instance has the address {peer}"));
         };
         match (&call.head.method, call.path()) {
             (&Method::PUT, "/latest/api/token") => self.token(call, &instance, now),

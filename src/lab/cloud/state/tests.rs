@@ -95,6 +95,19 @@ fn what_is_not_delete_on_release_outlives_its_instance() {
 }
 
 #[test]
+fn an_address_belongs_to_the_instance_its_eni_is_attached_to() {
+    let mut account = account(20);
+    instance(&mut account, "i-1", "ecs.g6.xlarge");
+    let eni = attached(&mut account, "i-1", 3);
+    let ip = IpAddr::V4(account.enis[&eni].v4[2]);
+    assert_eq!(account.instance_at(ip), Some("i-1"));
+    let epoch = account.begin_detach(&eni, "i-1").unwrap();
+    account.finish_detach(&eni, epoch);
+    assert_eq!(account.instance_at(ip), None);
+    assert_eq!(account.instance_at("10.0.15.250".parse().unwrap()), None);
+}
+
+#[test]
 fn an_exhausted_vswitch_gives_nothing_and_says_so() {
     let mut account = account(20);
     instance(&mut account, "i-1", "ecs.g6.xlarge");

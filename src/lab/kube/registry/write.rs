@@ -293,8 +293,8 @@ impl Registry {
             && object::int(&new, "/metadata/deletionGracePeriodSeconds").unwrap_or(0) == 0
             && (kind.kind != "Namespace" || object::list(&new, "/spec/finalizers").is_empty());
         if waiting {
-            let object = self.forget(state, kind, &namespace, &name).unwrap_or(old);
-            return Ok(Written { object, warnings, created: false });
+            self.forget(state, kind, &namespace, &name);
+            return Ok(Written { object: Arc::new(new), warnings, created: false });
         }
         if kind.kind == "Service" {
             state.services.commit(Some(&old), Some(&new));
