@@ -44,7 +44,7 @@ const LONG: Duration = Duration::from_secs(60);
 fn a_burst_of_200_pods_takes_the_clouds_own_latency_and_14_calls() {
     sim(async {
         let node = node(8, 30, Config { min_idle: 0, max_idle: 15, ..config() });
-        let agent = node.start();
+        let agent = node.start().await;
         let began = tokio::time::Instant::now();
         let adds = (0..200).map(|n| node.add(&agent.pool, n, AttachMode::Veth, LONG));
         let leases: Result<Vec<Lease>, String> = join_all(adds).await.into_iter().collect();
@@ -62,7 +62,7 @@ fn a_burst_of_200_pods_takes_the_clouds_own_latency_and_14_calls() {
 fn the_same_attachment_gets_the_same_lease_and_lookups_show_it() {
     sim(async {
         let node = node(4, 10, config());
-        let agent = node.start();
+        let agent = node.start().await;
         let first = node.add(&agent.pool, 1, AttachMode::Veth, LONG).await.unwrap();
         let again = node.add(&agent.pool, 1, AttachMode::Veth, LONG).await.unwrap();
         assert_eq!(first, again);
@@ -80,7 +80,7 @@ fn a_request_that_must_wait_too_long_hears_why_before_its_deadline() {
         let node = node(4, 10, Config { min_idle: 0, ..config() });
         node.cloud.0.lock().chaos.down = true;
         // The ledger is new: nothing is served before the cloud was seen.
-        let agent = node.start();
+        let agent = node.start_now();
         let error = node.add(&agent.pool, 1, AttachMode::Veth, Duration::from_secs(10)).await.unwrap_err();
         assert!(error.contains("try again") || error.contains("restarted"), "{error}");
         node.cloud.0.lock().chaos.down = false;
@@ -105,7 +105,7 @@ fn a_refusal_that_waiting_cannot_mend_reaches_the_pod_at_once() {
     sim(async {
         let node = node(4, 10, Config { min_idle: 0, ..config() });
         node.cloud.0.lock().refuse_create = Some(CloudErrorKind::Forbidden);
-        let agent = node.start();
+        let agent = node.start().await;
         let began = tokio::time::Instant::now();
         let error = node.add(&agent.pool, 1, AttachMode::Veth, LONG).await.unwrap_err();
         assert!(error.contains("Forbidden"), "{error}");
@@ -117,7 +117,7 @@ fn a_refusal_that_waiting_cannot_mend_reaches_the_pod_at_once() {
 fn with_the_ledger_unwritable_nothing_is_handed_out_and_nothing_is_lost() {
     sim(async {
         let node = node(4, 10, config());
-        let agent = node.start();
+        let agent = node.start().await;
         let lease = node.add(&agent.pool, 1, AttachMode::Veth, LONG).await.unwrap();
         tokio::time::sleep(LONG).await;
         node.store.fail(Some("No space left on device"));
@@ -126,6 +126,7 @@ fn with_the_ledger_unwritable_nothing_is_handed_out_and_nothing_is_lost() {
         assert_eq!(node.leases(&agent.pool).await, [lease]);
         let release = node.del(&agent.pool, 1, LONG).await.unwrap_err();
         assert!(release.contains("No space left"), "{release}");
+        tokio::time::sleep(Duration::from_secs(1)).await;
         assert!(node.snapshot().ledger_error.is_some());
         node.store.fail(None);
         node.insist_del(&agent.pool, 1).await;
@@ -138,12 +139,12 @@ fn with_the_ledger_unwritable_nothing_is_handed_out_and_nothing_is_lost() {
 fn with_the_cloud_away_a_restarted_agent_serves_from_its_ledger() {
     sim(async {
         let node = node(4, 10, config());
-        let agent = node.start();
+        let agent = node.start().await;
         let lease = node.add(&agent.pool, 1, AttachMode::Veth, LONG).await.unwrap();
         tokio::time::sleep(LONG).await;
         node.kill();
         node.cloud.0.lock().chaos.down = true;
-        let agent = node.start();
+        let agent = node.start().await;
         let again = node.insist_add(&agent.pool, 1, AttachMode::Veth).await;
         assert_eq!(again, lease);
         node.insist_add(&agent.pool, 2, AttachMode::Veth).await;
@@ -154,7 +155,7 @@ fn with_the_cloud_away_a_restarted_agent_serves_from_its_ledger() {
 fn a_lease_whose_sandbox_vanished_without_del_is_collected() {
     sim(async {
         let node = node(4, 10, config());
-        let agent = node.start();
+        let agent = node.start().await;
         node.add(&agent.pool, 1, AttachMode::Veth, LONG).await.unwrap();
         node.bind(&[2]);
         node.add(&agent.pool, 2, AttachMode::Veth, LONG).await.unwrap();
@@ -170,7 +171,7 @@ fn a_lease_whose_pod_the_cluster_forgot_is_collected_but_never_on_a_guess() {
     sim(async {
         let node = node(4, 10, config());
         node.bound.send_replace(None);
-        let agent = node.start();
+        let agent = node.start().await;
         node.add(&agent.pool, 1, AttachMode::Veth, LONG).await.unwrap();
         tokio::time::sleep(Duration::from_secs(3600)).await;
         assert_eq!(node.leases(&agent.pool).await.len(), 1, "the API server is away: nothing is known");
@@ -187,7 +188,7 @@ fn a_lease_whose_pod_the_cluster_forgot_is_collected_but_never_on_a_guess() {
 fn pods_bound_to_the_node_find_their_addresses_ready() {
     sim(async {
         let node = node(8, 30, Config { min_idle: 0, max_idle: 0, ..config() });
-        let agent = node.start();
+        let agent = node.start().await;
         node.bind(&(0..50).collect::<Vec<u32>>());
         tokio::time::sleep(Duration::from_secs(10)).await;
         let began = tokio::time::Instant::now();
@@ -221,7 +222,7 @@ fn the_elected_node_reclaims_what_no_node_claims_and_nothing_else() {
         };
         let orphan = make(&[("fairway.io/cluster", "c1"), ("fairway.io/node", "i-gone")]);
         let foreign = make(&[("fairway.io/cluster", "c2"), ("fairway.io/node", "i-gone2")]);
-        let _agent = node.start();
+        let _agent = node.start().await;
         tokio::time::sleep(Duration::from_secs(3600)).await;
         assert!(node.cloud.0.lock().enis.contains_key(&orphan), "this node is not elected");
         node.elected.send_replace(true);
@@ -237,7 +238,7 @@ fn the_elected_node_reclaims_what_no_node_claims_and_nothing_else() {
 fn reads_stay_below_one_a_second_while_the_pool_works() {
     sim(async {
         let node = node(8, 30, config());
-        let agent = node.start();
+        let agent = node.start().await;
         let began = tokio::time::Instant::now();
         for round in 0..3 {
             let adds = (0..100).map(|n| node.add(&agent.pool, round * 100 + n, AttachMode::Veth, LONG));
@@ -255,7 +256,7 @@ fn reads_stay_below_one_a_second_while_the_pool_works() {
 fn the_snapshot_shows_enis_load_and_capacity() {
     sim(async {
         let node = node(4, 10, config());
-        let agent = node.start();
+        let agent = node.start().await;
         for n in 0..4 {
             node.add(&agent.pool, n, AttachMode::Veth, LONG).await.unwrap();
         }
@@ -309,7 +310,7 @@ async fn script(node: Node, mut agent: Agent, seed: u64, mut died: impl AsyncFnM
                 // The disk is replaced.
                 node.kill();
                 node.store.erase();
-                agent = node.start();
+                agent = node.start().await;
             }
             _ => {}
         }
@@ -353,6 +354,10 @@ async fn script(node: Node, mut agent: Agent, seed: u64, mut died: impl AsyncFnM
 
 /// After everything: all accounts agree and every pod has its own address.
 async fn all_is_well(node: &Node, agent: &Agent) {
+    let broken = node.violations.lock().clone();
+    assert!(broken.is_empty(), "{broken:#?}");
+    let reasons: Vec<_> = agent.tree.registry().snapshot().into_iter().map(|a| a.restart_reasons).collect();
+    assert!(reasons.iter().all(Vec::is_empty), "{reasons:?}");
     // kubelet takes down what it does not know.
     for lease in node.leases(&agent.pool).await {
         if !lease.attachment.sandbox.as_str().starts_with("recovered-") && !lease.netns.exists() {
@@ -383,7 +388,7 @@ fn churn_with_failures_lost_answers_and_a_lost_ledger_ends_in_agreement_and_take
     for seed in 0..4 {
         sim(async {
             let node = node(5, 8, small());
-            let agent = node.start();
+            let agent = node.start().await;
             let agent = script(node.clone(), agent, seed, async |_: &Node, agent| agent).await;
             all_is_well(&node, &agent).await;
             reached.extend(node.store.reached());
@@ -403,14 +408,14 @@ fn death_at_every_journalled_step_leaks_nothing_and_doubles_nothing() {
                 sim(async {
                     let node = node(5, 8, small());
                     node.store.stop_at(FailPoint::parse(&format!("{name}:{moment}")).unwrap());
-                    let agent = node.start();
+                    let agent = node.start().await;
                     let agent = script(node.clone(), agent, seed, async |node: &Node, agent: Agent| {
                         if !node.store.stopped() {
                             return agent;
                         }
                         died_there = true;
                         node.kill();
-                        node.start()
+                        node.start().await
                     })
                     .await;
                     all_is_well(&node, &agent).await;
@@ -432,7 +437,7 @@ fn random_deaths_under_churn_leak_nothing_and_double_nothing() {
         sim(async {
             let node = node(5, 8, small());
             let mut rng = StdRng::seed_from_u64(seed);
-            let agent = node.start();
+            let agent = node.start().await;
             // Each life ends after a random number of commits.
             let step = Step::NAMES[rng.random_range(0..Step::NAMES.len())];
             node.store.stop_at(FailPoint::parse(&format!("{step}:after:{}", rng.random_range(1..20))).unwrap());
@@ -442,12 +447,12 @@ fn random_deaths_under_churn_leak_nothing_and_double_nothing() {
                 node.kill();
                 let step = Step::NAMES[rng.random_range(0..Step::NAMES.len())];
                 node.store.stop_at(FailPoint::parse(&format!("{step}:before:{}", rng.random_range(1..4))).unwrap());
-                node.start()
+                node.start().await
             })
             .await;
             node.kill();
             drop(agent);
-            let agent = node.start();
+            let agent = node.start().await;
             all_is_well(&node, &agent).await;
         });
     }
@@ -457,7 +462,7 @@ fn random_deaths_under_churn_leak_nothing_and_double_nothing() {
 fn busy_and_dead_actors_are_answers_not_hangs() {
     sim(async {
         let node = node(4, 10, config());
-        let agent = node.start();
+        let agent = node.start().await;
         node.add(&agent.pool, 1, AttachMode::Veth, LONG).await.unwrap();
         let lookups =
             (0..3000).map(|_| agent.pool.ask(Lookup { attachment: Node::attachment(1) }, Deadline::after(LONG)));

@@ -118,6 +118,7 @@ impl Ledger {
 #[derive(Clone, Default)]
 pub struct MemoryStore {
     disk: std::sync::Arc<parking_lot::Mutex<MemoryDisk>>,
+    life: u64,
 }
 
 #[derive(Default)]
@@ -127,9 +128,16 @@ struct MemoryDisk {
     fail_point: FailPoint,
     reached: BTreeSet<&'static str>,
     stopped: bool,
+    life: u64,
 }
 
 impl MemoryStore {
+    /// The same disk for a new process: older ones write no more.
+    pub fn next_life(&self) -> Self {
+        let mut disk = self.disk.lock();
+        disk.life += 1;
+        Self { disk: self.disk.clone(), life: disk.life }
+    }
     /// Every commit fails for this reason until told otherwise.
     pub fn fail(&self, reason: Option<&str>) {
         self.disk.lock().fail = reason.map(str::to_owned);
@@ -153,6 +161,9 @@ impl MemoryStore {
     }
     pub(super) fn before(&self, steps: &[&'static str]) -> bool {
         let mut disk = self.disk.lock();
+        if disk.life != self.life {
+            return true;
+        }
         disk.reached.extend(steps);
         disk.stopped |= disk.fail_point.before(steps);
         disk.stopped

@@ -6,7 +6,7 @@ use std::time::Duration;
 use rand::Rng as _;
 
 use super::outcome::{Answer, Trouble, meaning};
-use super::state::{LeasePhase, Purpose, State};
+use super::state::{LeasePhase, Phase, Purpose, State};
 use super::step::Step;
 use super::work::{Subject, Work};
 use super::{Allocate, BeginRelease, Confirm, FinishRelease, Leases, Lookup, Pool, PoolError, Waiting, plan};
@@ -174,9 +174,13 @@ impl Pool {
         let now = self.clock.now();
         let mut still = Vec::new();
         for Waiting { request, to } in std::mem::take(&mut self.waiting) {
-            if let Some((_, held)) = turn.next.lease_of(&request.attachment) {
+            if let Some((v4, held)) = turn.next.lease_of(&request.attachment) {
                 if held.going() {
                     to.fail(PoolError::BeingReleased(request.attachment));
+                } else if is_lost(&turn.next, v4) {
+                    let eni = &held.lease.eni.id;
+                    let reason = format!("{eni}, which holds this sandbox's address, is gone; a new sandbox is needed");
+                    to.fail(PoolError::Waiting { reason });
                 } else {
                     let lease = held.lease.clone();
                     turn.reply(move |r| to.answer(r.map(|()| lease)));
@@ -301,6 +305,11 @@ impl Pool {
             Why::Full { in_use, limit } => format!("{in_use} of {limit} addresses are in use"),
         }
     }
+}
+
+fn is_lost(state: &State, v4: std::net::Ipv4Addr) -> bool {
+    let eni = state.addresses.get(&v4).and_then(|a| state.enis.get(&a.eni));
+    eni.is_none_or(|e| e.phase == Phase::Lost)
 }
 
 impl Turn {

@@ -17,7 +17,7 @@ use fairway::pool::ledger::MemoryStore;
 use fairway::pool::step::FailPoint;
 use fairway::pool::{
     Allocate, Audit, AuditReport, BeginRelease, BoundPod, BoundPods, CloudPorts, Config, Confirm, Deps, FinishRelease,
-    Leases, LedgerPlace, NetnsPorts, Pool, PoolSnapshot,
+    Leases, LedgerPlace, Lookup, NetnsPorts, Pool, PoolSnapshot,
 };
 use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
@@ -43,13 +43,15 @@ pub struct Node {
     pub snapshots: watch::Sender<Arc<PoolSnapshot>>,
     /// Where sandboxes' namespaces are; files stand for them.
     pub netns: Arc<tempfile::TempDir>,
+    /// Promises broken where a panic would go unseen.
+    pub violations: Arc<Mutex<Vec<String>>>,
     /// Lives of the agent: a dead one's calls come to nothing.
     life: Arc<AtomicU64>,
 }
 
 /// One life of the agent.
 pub struct Agent {
-    _tree: Tree,
+    pub tree: Tree,
     pub pool: Handle<Pool>,
 }
 
@@ -65,6 +67,7 @@ impl Node {
             elected: watch::Sender::new(false),
             snapshots: watch::Sender::new(Arc::default()),
             netns: Arc::new(tempfile::tempdir().unwrap()),
+            violations: Arc::default(),
             life: Arc::default(),
         }
     }
@@ -131,8 +134,11 @@ impl Node {
             delete: self.port(slow, |n: &Node, m: DeleteEni| n.cloud.call("delete", |c| c.delete(&m.eni))),
             assign4: self.port(slow, |n: &Node, m: AssignIpv4| n.cloud.call("assign4", |c| c.assign4(&m))),
             unassign4: self.port(slow, |n: &Node, m: UnassignIpv4| {
-                let used = |ip: &Ipv4Addr| n.kernel.lock().wired.contains_key(ip);
-                assert!(!m.addresses.iter().any(used), "{:?} taken away from pods", m.addresses);
+                let mac = n.cloud.0.lock().enis.get(&m.eni).map(|e| e.mac);
+                let used = |ip: &Ipv4Addr| n.kernel.lock().wired.get(ip).is_some_and(|(.., on)| Some(*on) == mac);
+                if m.addresses.iter().any(used) {
+                    n.violations.lock().push(format!("{:?} taken away from pods", m.addresses));
+                }
                 n.cloud.call("unassign4", |c| c.unassign4(&m))
             }),
             assign6: self.port(slow, |n: &Node, m: AssignIpv6| n.cloud.call("assign6", |c| c.assign6(&m))),
@@ -174,10 +180,10 @@ impl Node {
     }
 
     fn assert_unused(&self, eni: &EniId) {
-        let addresses = self.cloud.0.lock().enis.get(eni).map(|e| e.ipv4.clone()).unwrap_or_default();
-        let kernel = self.kernel.lock();
-        for ip in addresses {
-            assert!(!kernel.wired.contains_key(&ip), "{eni} is detached while {ip} is in use");
+        let Some(mac) = self.cloud.0.lock().enis.get(eni).map(|e| e.mac) else { return };
+        let used = self.kernel.lock().wired.iter().find(|(_, (.., on))| *on == mac).map(|(ip, _)| *ip);
+        if let Some(ip) = used {
+            self.violations.lock().push(format!("{eni} is detached while {ip} is in use"));
         }
     }
 
@@ -198,17 +204,31 @@ impl Node {
     }
 
     /// Start the agent; a previous life is over.
-    pub fn start(&self) -> Agent {
+    pub async fn start(&self) -> Agent {
+        let agent = self.start_now();
+        for _ in 0..100 {
+            let lookup = Lookup { attachment: Self::attachment(0) };
+            if agent.pool.ask(lookup, Deadline::after(Duration::from_secs(20))).await.is_ok() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        agent
+    }
+
+    pub fn start_now(&self) -> Agent {
         self.life.fetch_add(1, Ordering::Relaxed);
-        let deps = self.deps();
+        let mut deps = self.deps();
+        deps.ledger = LedgerPlace::Memory(self.store.next_life());
         let mut tree = Tree::new(Registry::default(), Placement::Here, ChildPolicy::default());
         let pool = tree.child(move || Pool::start(deps.clone()));
-        Agent { _tree: tree, pool }
+        Agent { tree, pool }
     }
 
     /// kill -9: nothing it still wanted to do happens.
     pub fn kill(&self) {
         self.life.fetch_add(1, Ordering::Relaxed);
+        self.store.next_life();
         self.store.stop_at(FailPoint::default());
     }
 
@@ -235,19 +255,21 @@ impl Node {
         };
         let deadline = Deadline::after(budget);
         let lease = pool.ask(request, deadline).await.map_err(|e| e.to_string())?;
-        self.wire(&lease);
+        self.wire(&lease)?;
         pool.ask(Confirm { attachment: Self::attachment(n) }, deadline).await.map_err(|e| e.to_string())?;
         Ok(lease)
     }
 
-    fn wire(&self, lease: &Lease) {
+    fn wire(&self, lease: &Lease) -> Result<(), String> {
         let cloud = self.cloud.0.lock();
-        let eni = cloud.enis.get(&lease.eni.id).unwrap_or_else(|| panic!("{} does not exist", lease.eni.id));
-        assert!(eni.instance.is_some() && eni.ipv4.contains(&lease.v4), "{} is not assigned here", lease.v4);
+        // Somebody may have taken it away behind the pool's back.
+        let eni = cloud.enis.get(&lease.eni.id).filter(|e| e.instance.is_some()).ok_or("no such device")?;
+        assert!(eni.ipv4.contains(&lease.v4), "{} is not assigned here", lease.v4);
         drop(cloud);
         let user = (lease.attachment.clone(), lease.mode, lease.eni.mac);
         let before = self.kernel.lock().wired.insert(lease.v4, user.clone());
         assert!(before.is_none_or(|b| b == user), "{} is given to {} twice", lease.v4, lease.attachment);
+        Ok(())
     }
 
     fn unwire(&self, lease: &Lease) {
