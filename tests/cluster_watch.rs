@@ -1,4 +1,5 @@
 //! ClusterWatch against an API server that comes, goes, cuts and forgets.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "cluster_support/api.rs"]
 mod api;

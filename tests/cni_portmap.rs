@@ -1,6 +1,7 @@
 //! A chain as on real nodes: Debian's `portmap`, which knows CNI up to 1.0.0,
 //! after us. It must accept our result, pass it on, and forward a host port to
 //! the address in it.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "cni_support/shim.rs"]
 mod shim;

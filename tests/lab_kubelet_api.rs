@@ -1,4 +1,5 @@
 //! What the lab's kubelet says to the Kubernetes API, over real HTTP.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::sync::Arc;
 use std::time::Duration;

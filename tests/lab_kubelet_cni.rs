@@ -1,4 +1,5 @@
 //! The lab's kubelet calls plugins as kubelet with containerd does.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod lab_kubelet_support;
 mod lab_vpc_support;

@@ -1,4 +1,5 @@
 //! The VPC's router forwards what the API assigned, and nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod lab_vpc_support;
 
