@@ -11,6 +11,7 @@
 //! An actor implements [`Actor`] and one [`Handles`] per message. Requests form
 //! a DAG (see `actors.md`); facts that change are published through
 //! `tokio::sync::watch` and taken up with [`Ctx::on_change`].
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "the one place that wraps actix")]
 
 mod context;
 mod gate;

@@ -1,1 +1,256 @@
-//! To be written.
+//! The whole process wired in one readable function: who starts, in which
+//! order, who asks whom, and what ends the process.
+//!
+//! The order is the request graph read backwards: an actor starts after those
+//! it asks. A child that fails is rebuilt alone; one that fails too often ends
+//! the process with its reason, and the kernel goes on forwarding meanwhile.
+//! Nothing here detaches a program or removes a link: that is what makes a
+//! restart invisible to pods.
+
+mod facts;
+pub mod programs;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::actor::{AskError, ChildPolicy, Escalation, Handle, Placement, Registry, Tree};
+use crate::cloud::{CloudApi, CloudStats};
+use crate::cluster::ClusterWatch;
+use crate::cni::{self, CniServer};
+use crate::config::Config;
+use crate::datapath::{Datapath, DatapathError};
+use crate::debug::{Collect, DebugHttp, Query, ReadyCheck, View, Views};
+use crate::netns::{NetnsWirer, NoPrograms, PodPrograms, Wiring};
+use crate::pool::snapshot::PoolSnapshot;
+use crate::pool::{self, Audit, Pool};
+use programs::Programs;
+
+/// From SIGTERM to the end of the process.
+const SHUTDOWN: Duration = Duration::from_secs(5);
+
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("state folder {path}: {cause}")]
+    State { path: std::path::PathBuf, cause: std::io::Error },
+    #[error("eBPF programs: {0}")]
+    Datapath(#[from] DatapathError),
+    #[error("{0}")]
+    Wiring(crate::netns::BadConfig),
+    #[error("signals: {0}")]
+    Signals(std::io::Error),
+    #[error("{0}")]
+    Escalated(#[from] Escalation),
+}
+
+/// Run the agent until it is told to stop or an actor has failed too often.
+pub async fn run(config: Config) -> Result<(), AgentError> {
+    let mut stop = Stop::listen().map_err(AgentError::Signals)?;
+    std::fs::create_dir_all(&config.state_dir)
+        .map_err(|cause| AgentError::State { path: config.state_dir.clone(), cause })?;
+    let mut tree = Tree::new(Registry::default(), Placement::OwnThread, ChildPolicy::default());
+
+    // The cluster: facts outlive the actor that publishes them.
+    let (publisher, facts) = crate::cluster::facts();
+    let cluster: Handle<ClusterWatch> = tree.child({
+        let cluster = crate::cluster::Config { node_name: config.node.clone(), ..config.cluster.clone() };
+        let facts = facts.clone();
+        move || ClusterWatch::open(cluster.clone(), publisher.clone(), facts.clone())
+    });
+
+    // The cloud.
+    let stats = CloudStats::default();
+    let cloud: Handle<CloudApi> = tree.child({
+        let (config, stats) = (config.cloud.clone(), stats.clone());
+        move || {
+            let (config, stats) = (config.clone(), stats.clone());
+            async move { CloudApi::new(&config, stats).await }
+        }
+    });
+
+    // The kernel.
+    let programs = match &config.bpffs {
+        Some(bpffs) => Some(open_datapath(bpffs)?),
+        None => None,
+    };
+    let hooks: Arc<dyn PodPrograms> = match &programs {
+        Some(programs) => programs.clone(),
+        None => Arc::new(NoPrograms),
+    };
+    let wiring = Wiring::new(config.netns.clone(), hooks).map_err(AgentError::Wiring)?;
+    let netns: Handle<NetnsWirer> = tree.child(move || NetnsWirer::open(wiring.clone()));
+
+    // The addresses.
+    let (bound_sender, bound) = watch::channel(None);
+    let (snapshots, snapshot) = watch::channel(Arc::new(PoolSnapshot::default()));
+    let deps = pool::Deps {
+        config: config.pool.clone(),
+        ledger: pool::LedgerPlace::Folder(config.state_dir.join("ledger")),
+        cloud: cloud_ports(&cloud),
+        netns: netns_ports(&netns),
+        bound,
+        elected: facts.leader.clone(),
+        snapshots,
+    };
+    let pool: Handle<Pool> = tree.child(move || Pool::start(deps.clone()));
+    actor_free_task(facts::bound_pods(facts.clone(), config.cni.default_mode, bound_sender));
+    actor_free_task(facts::node_status(snapshot.clone(), cluster.port()));
+
+    // Kubelet.
+    let ports = cni_ports(&pool, &netns, &cluster);
+    let server: Handle<CniServer> = tree.child({
+        let (config, facts) = (config.cni.clone(), facts.clone());
+        move || CniServer::open(config.clone(), ports.clone(), facts.clone())
+    });
+
+    // Whoever looks.
+    let views = views(&tree, &stats, &snapshot, programs, &pool, &server, &cluster);
+    let _: Handle<DebugHttp> = tree.child({
+        let config = config.debug.clone();
+        move || DebugHttp::bind(config.clone(), views.clone())
+    });
+
+    tracing::info!(node = config.node, version = env!("CARGO_PKG_VERSION"), "Agent started");
+    let outcome = tokio::select! {
+        signal = stop.wait() => {
+            tracing::info!(signal, "Stopping");
+            Ok(())
+        }
+        escalation = tree.escalation() => Err(escalation.into()),
+    };
+    // A second signal ends the process at once.
+    let late = tokio::select! {
+        late = tree.shutdown(SHUTDOWN) => late,
+        _ = stop.wait() => Vec::new(),
+    };
+    if !late.is_empty() {
+        tracing::warn!(actors = late.join(", "), "Not stopped in time; their state is in the ledger");
+    }
+    outcome
+}
+
+/// Work beside the actors that only carries a fact from one to another.
+fn actor_free_task(work: impl Future<Output = ()> + 'static) {
+    tokio::task::spawn_local(work);
+}
+
+struct Stop {
+    term: Signal,
+    int: Signal,
+}
+
+impl Stop {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+    async fn wait(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.term.recv() => "SIGTERM",
+            _ = self.int.recv() => "SIGINT",
+        }
+    }
+}
+
+fn open_datapath(bpffs: &std::path::Path) -> Result<Arc<Programs>, AgentError> {
+    let (datapath, adoption) = Datapath::open(bpffs)?;
+    tracing::info!(
+        adopted = adoption.adopted.len(),
+        collected = adoption.collected.len(),
+        rotated = ?adoption.rotated,
+        "eBPF programs loaded"
+    );
+    Ok(Arc::new(Programs::new(datapath)))
+}
+
+fn cloud_ports(cloud: &Handle<CloudApi>) -> pool::CloudPorts {
+    pool::CloudPorts {
+        who_am_i: cloud.port(),
+        instance_type: cloud.port(),
+        vswitches: cloud.port(),
+        enis: cloud.port(),
+        create: cloud.port(),
+        attach: cloud.port(),
+        detach: cloud.port(),
+        delete: cloud.port(),
+        assign4: cloud.port(),
+        unassign4: cloud.port(),
+        assign6: cloud.port(),
+        unassign6: cloud.port(),
+    }
+}
+
+fn netns_ports(netns: &Handle<NetnsWirer>) -> pool::NetnsPorts {
+    pool::NetnsPorts { prepare: netns.port(), forget: netns.port(), unwire: netns.port(), inventory: netns.port() }
+}
+
+fn cni_ports(pool: &Handle<Pool>, netns: &Handle<NetnsWirer>, cluster: &Handle<ClusterWatch>) -> cni::Ports {
+    cni::Ports {
+        allocate: pool.port(),
+        confirm: pool.port(),
+        begin_release: pool.port(),
+        finish_release: pool.port(),
+        lookup: pool.port(),
+        leases: pool.port(),
+        wire: netns.port(),
+        unwire: netns.port(),
+        verify: netns.port(),
+        record_event: cluster.port(),
+    }
+}
+
+fn views(
+    tree: &Tree,
+    stats: &CloudStats,
+    snapshot: &watch::Receiver<Arc<PoolSnapshot>>,
+    programs: Option<Arc<Programs>>,
+    pool: &Handle<Pool>,
+    server: &Handle<CniServer>,
+    cluster: &Handle<ClusterWatch>,
+) -> Views {
+    let view = |f: Box<dyn Fn() -> serde_json::Value + Send + Sync>| -> View { Arc::from(f) };
+    let to_json =
+        |v: Result<serde_json::Value, serde_json::Error>| v.unwrap_or_else(|e| json!({ "error": e.to_string() }));
+    let pool_seen = snapshot.clone();
+    let cloud_seen = stats.clone();
+    let views = BTreeMap::from([
+        ("pool", view(Box::new(move || to_json(serde_json::to_value(&**pool_seen.borrow()))))),
+        ("cloud", view(Box::new(move || to_json(serde_json::to_value(cloud_seen.snapshot()))))),
+        ("endpoints", view(Box::new(move || programs.as_ref().map_or_else(|| json!([]), |programs| programs.view())))),
+    ]);
+    let queries = BTreeMap::from([
+        ("audit", query(pool, || Audit {})),
+        ("cni", query(server, || cni::CniStatus {})),
+        ("cluster", query(cluster, || crate::cluster::ClusterStatus {})),
+    ]);
+    let reconciled = snapshot.clone();
+    let ready: Vec<(&'static str, ReadyCheck)> = vec![(
+        "pool",
+        Arc::new(move || match reconciled.borrow().reconciled {
+            true => Ok(()),
+            false => Err("reconciling ledger, cloud and kernel".to_owned()),
+        }),
+    )];
+    let metrics: Vec<Collect> = facts::metrics(stats, snapshot);
+    Views { actors: tree.registry().clone(), views, queries, ready, metrics }
+}
+
+/// A view that asks an actor.
+fn query<A, M>(of: &Handle<A>, message: impl Fn() -> M + Send + Sync + 'static) -> Query
+where
+    A: crate::actor::Handles<M>,
+    M: crate::actor::Message<Reply: serde::Serialize, Error: std::fmt::Display>,
+{
+    let port = of.port::<M>();
+    Arc::new(move |_, deadline| {
+        let asked = port.clone();
+        let message = message();
+        Box::pin(async move {
+            let reply = asked.ask(message, deadline).await.map_err(|e: AskError<M::Error>| e.to_string())?;
+            serde_json::to_value(reply).map_err(|e| e.to_string())
+        })
+    })
+}

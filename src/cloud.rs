@@ -8,15 +8,43 @@
 //! Owner of: HTTP clients, credentials, limiters. State after a restart: none;
 //! Pool replays what was in flight from its ledger.
 
+mod calls;
+mod client;
+mod gate;
+
+/// Alibaba Cloud.
+pub mod aliyun;
+/// The `cloud` section of the configuration.
+pub mod config;
+/// Access keys: static, from files, from the instance's RAM role.
+pub mod credentials;
+/// The HTTP client.
+pub mod http;
+/// The seam for other clouds.
+pub mod provider;
+/// Which failures are tried again, and when. Pure.
+pub mod retry;
+/// Counters and latencies.
+pub mod stats;
+/// Rates, lanes and slots. Pure.
+pub mod throttle;
+
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::rc::Rc;
 use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
+use tracing::Instrument as _;
 
-use crate::actor::Message;
+use self::client::{Caller, Client};
+use self::provider::Provider;
+use crate::actor::{Actor, Ctx, Handles, Message, Responder, StartError};
 use crate::model::{ClientToken, EniId, InstanceId, Mac, SecurityGroupId, VSwitchId};
+
+pub use self::config::Config;
+pub use self::stats::{CloudSnapshot, CloudStats};
 
 /// Who is waiting for the answer; lower is more urgent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -184,6 +212,8 @@ macro_rules! call {
 call!(
     /// Create a secondary ENI with all its addresses in one call. `ipv4` counts
     /// the primary address. The token must be in the ledger before the call.
+    /// What one call cannot bring (50 IPv4, 10 IPv6) is left out: look at the
+    /// answer, and assign the rest.
     CreateEni {
         vswitch: VSwitchId,
         security_groups: Vec<SecurityGroupId>,
@@ -194,13 +224,37 @@ call!(
         token: ClientToken,
     } -> Eni
 );
-call!(AttachEni { eni: EniId, instance: InstanceId } -> ());
-call!(DetachEni { eni: EniId, instance: InstanceId } -> ());
-call!(DeleteEni { eni: EniId } -> ());
-call!(AssignIpv4 { eni: EniId, count: u32, token: ClientToken } -> Vec<Ipv4Addr>);
-call!(UnassignIpv4 { eni: EniId, addresses: Vec<Ipv4Addr> } -> ());
-call!(AssignIpv6 { eni: EniId, count: u32, token: ClientToken } -> Vec<Ipv6Addr>);
-call!(UnassignIpv6 { eni: EniId, addresses: Vec<Ipv6Addr> } -> ());
+call!(
+    /// Accepted, not finished: describe the ENI until it is `InUse`. Succeeds
+    /// when it is attached to this instance already.
+    AttachEni { eni: EniId, instance: InstanceId } -> ()
+);
+call!(
+    /// Accepted, not finished: describe the ENI until it is `Available`.
+    /// Succeeds when it is gone or no longer on this instance.
+    DetachEni { eni: EniId, instance: InstanceId } -> ()
+);
+call!(
+    /// Succeeds when it is gone already.
+    DeleteEni { eni: EniId } -> ()
+);
+call!(
+    /// The new addresses; all of them or none.
+    AssignIpv4 { eni: EniId, count: u32, token: ClientToken } -> Vec<Ipv4Addr>
+);
+call!(
+    /// Succeeds when they are gone already, some or all.
+    UnassignIpv4 { eni: EniId, addresses: Vec<Ipv4Addr> } -> ()
+);
+call!(
+    /// The new addresses; fewer than asked for when a later one of the calls it
+    /// takes (ten each) was refused.
+    AssignIpv6 { eni: EniId, count: u32, token: ClientToken } -> Vec<Ipv6Addr>
+);
+call!(
+    /// Succeeds when they are gone already, some or all.
+    UnassignIpv6 { eni: EniId, addresses: Vec<Ipv6Addr> } -> ()
+);
 call!(
     /// All pages. Empty filters mean "no restriction on this".
     DescribeEnis {
@@ -219,4 +273,70 @@ call!(
 call!(
     /// The instance's ENIs as the metadata service shows them.
     MetadataEnis {} -> Vec<MetadataEni>
+);
+
+/// The actor. Every request is worked on beside the others; the throttle says
+/// when it may go.
+pub struct CloudApi {
+    client: Rc<Client>,
+}
+
+impl CloudApi {
+    /// What the factory of `Tree::child` calls; the counters outlive it.
+    pub async fn new(config: &Config, stats: CloudStats) -> Result<Self, StartError> {
+        config.validate().map_err(StartError::new)?;
+        let config = config.clone();
+        match config.provider {
+            config::ProviderName::Aliyun => {
+                let reads_files = config.clone();
+                let http = tokio::task::spawn_blocking(move || aliyun::Aliyun::http(&reads_files));
+                let http = http.await.map_err(StartError::new)?.map_err(StartError::new)?;
+                let provider = aliyun::Aliyun::new(&config, http).map_err(StartError::new)?;
+                Ok(Self::over(Box::new(provider), &config, stats))
+            }
+        }
+    }
+
+    /// Over a provider of one's own.
+    pub fn over(provider: Box<dyn Provider>, config: &Config, stats: CloudStats) -> Self {
+        Self { client: Rc::new(Client::new(provider, config, stats)) }
+    }
+}
+
+impl Actor for CloudApi {
+    const NAME: &'static str = "CloudApi";
+}
+
+macro_rules! handles {
+    ($($message:ident => $operation:ident),* $(,)?) => {$(
+        impl Handles<$message> for CloudApi {
+            fn handle(&mut self, message: $message, to: Responder<$message>, ctx: &mut Ctx<'_, Self>) {
+                let client = self.client.clone();
+                let span = to.span().clone();
+                let work = async move {
+                    let gone = || to.abandoned();
+                    let who = Caller::new(message.lane, to.deadline().instant(), &gone);
+                    let result = client.$operation(&who, &message).await;
+                    to.answer(result);
+                };
+                ctx.spawn(work.instrument(span), |_, (), _| {});
+            }
+        }
+    )*};
+}
+
+handles!(
+    CreateEni => create_eni,
+    AttachEni => attach_eni,
+    DetachEni => detach_eni,
+    DeleteEni => delete_eni,
+    AssignIpv4 => assign_ipv4,
+    UnassignIpv4 => unassign_ipv4,
+    AssignIpv6 => assign_ipv6,
+    UnassignIpv6 => unassign_ipv6,
+    DescribeEnis => describe_enis,
+    DescribeInstanceType => describe_instance_type,
+    DescribeVSwitches => describe_vswitches,
+    WhoAmI => who_am_i,
+    MetadataEnis => metadata_enis,
 );

@@ -1,1 +1,401 @@
-//! To be written.
+//! Datapath: loads the eBPF programs, attaches them to pods' devices, pins what
+//! must outlive the process, and takes it up again after a restart.
+//!
+//! The only module that knows bpffs paths. Owner: one thread (an actor's
+//! `Worker`); every call blocks for some system calls and none waits for anyone.
+//!
+//! Invariants:
+//! - What is attached goes on working when this process dies at any instruction;
+//!   the next [`Datapath::open`] finds it by its pins, takes it over without a
+//!   gap, and removes what is half made or whose device is gone.
+//! - A pinned map is used only if its type and sizes are those of this build.
+//! - The pins are the memory: nothing here is known that they do not say.
+
+mod clsact;
+mod entry;
+mod hook;
+mod pins;
+mod programs;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use aya::maps::{MapError, PerCpuValues};
+pub use fairway_ebpf_abi::Counters;
+use fairway_ebpf_abi::{Endpoint, IN_POD, MAX_ENDPOINTS};
+use serde::Serialize;
+
+use self::entry::Entry;
+pub use self::hook::Device;
+use self::hook::{Direction, Place, chain, has_tcx};
+use self::pins::{PinName, Pins, pin_of};
+use self::programs::{CounterMap, Loader, Programs};
+use crate::model::{AttachMode, AttachmentId};
+use crate::sys::bpf;
+
+/// The node's eBPF programs and maps.
+pub struct Datapath {
+    pins: Pins,
+    /// Serve every device in the node's namespace.
+    shared: Programs,
+    counters: CounterMap,
+    known: BTreeMap<AttachmentId, Entry>,
+    loader: Loader,
+    options: Options,
+}
+
+/// How programs are attached. Attaching by tcx waits for an RCU grace period with
+/// the kernel's network lock held, some 10 ms a program, and so does the device's
+/// end; a clsact filter takes a tenth of a millisecond. So tcx is for devices that
+/// move into a pod, which only it survives (docs/decisions/0004).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Via {
+    /// A link of the kernel's own (6.6 and later); moves with the device.
+    Tcx,
+    /// A filter of the device's clsact qdisc; lost when the device moves.
+    Clsact,
+}
+
+/// What [`Datapath::open`] found.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Adoption {
+    /// Taken over: they now run this build's programs.
+    pub adopted: Vec<AttachmentId>,
+    /// Pin directories removed: half made, unreadable, or the device is gone.
+    pub collected: Vec<String>,
+    /// Maps that were not of this build's layout, and why; replaced by empty ones.
+    pub rotated: Vec<String>,
+}
+
+/// One attachment, as the kernel describes it now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Attached {
+    pub attachment: AttachmentId,
+    pub mode: AttachMode,
+    pub via: Via,
+    /// Index of the device in its own namespace. `None` when it is gone, or is a
+    /// clsact device inside a pod, which cannot be seen from here.
+    pub ifindex: Option<u32>,
+    /// Kernel ids of the egress and ingress programs.
+    pub programs: [u32; 2],
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    #[error("{0} is not a BPF file system; mount one with `mount -t bpf bpf {0}`")]
+    NotBpffs(PathBuf),
+    #[error("{path}: {cause}")]
+    Pins { path: PathBuf, cause: io::Error },
+    #[error("the kernel refused {what}: {cause}")]
+    Refused { what: String, cause: String },
+    #[error("the embedded eBPF object is not this build's: {0}; build again without FAIRWAY_EBPF_OBJECT")]
+    Object(String),
+    #[error("{attachment}: its names are too long to pin")]
+    NameTooLong { attachment: AttachmentId },
+    #[error("{attachment}: cannot attach to {device}: {cause}")]
+    Attach { attachment: AttachmentId, device: String, cause: io::Error },
+    #[error("all {MAX_ENDPOINTS} endpoint numbers are in use")]
+    Full,
+    #[error("counters: {0}")]
+    Counters(MapError),
+}
+
+/// Which kernel interface to use where. A kernel without tcx uses clsact for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    pub host_side: Via,
+    pub in_pod: Via,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { host_side: Via::Clsact, in_pod: Via::Tcx }
+    }
+}
+
+impl Datapath {
+    /// Loads the programs over what is pinned below `bpffs` and takes it over.
+    pub fn open(bpffs: &Path) -> Result<(Self, Adoption), DatapathError> {
+        Self::open_with(bpffs, Options::default())
+    }
+
+    pub fn open_with(bpffs: &Path, options: Options) -> Result<(Self, Adoption), DatapathError> {
+        // Before 5.11 maps count against the locked-memory limit.
+        let infinity = nix::sys::resource::RLIM_INFINITY;
+        let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK, infinity, infinity);
+
+        let at = |cause| DatapathError::Pins { path: bpffs.to_owned(), cause };
+        let pins = Pins::open(bpffs).map_err(at)?.ok_or_else(|| DatapathError::NotBpffs(bpffs.to_owned()))?;
+        let rotated = programs::rotate_foreign_maps(&pins).map_err(at)?;
+        let mut loader = Loader::new(&pins);
+        let mut shared = loader.load(0)?;
+        programs::check_loaded_maps(&pins)?;
+        let counters = shared.take_counters()?;
+        let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact } };
+        let mut datapath = Self { pins, shared, counters, known: BTreeMap::new(), loader, options };
+        let mut adoption = Adoption { rotated, ..Default::default() };
+        for dir in datapath.pins.pods().map_err(at)? {
+            match datapath.adopt(&dir) {
+                Some(attachment) => adoption.adopted.push(attachment),
+                None => {
+                    datapath.collect(&dir).map_err(at)?;
+                    adoption.collected.push(dir.file_name().unwrap_or_default().to_string_lossy().into_owned());
+                }
+            }
+        }
+        for version in datapath.pins.other_versions().map_err(at)? {
+            pins::remove(&version).map_err(at)?;
+        }
+        datapath.drop_orphan_counters()?;
+        Ok((datapath, adoption))
+    }
+
+    /// Whether attached programs stay on a device that moves to another
+    /// namespace. If so, attach to an exclusive ENI before it moves: then there
+    /// is no moment without them. If not, attach inside, before the link is up.
+    pub fn moves_with_device(&self) -> bool {
+        self.options.in_pod == Via::Tcx
+    }
+
+    /// Attaches both programs to a pod's device: the host side of its veth pair,
+    /// or its exclusive ENI, wherever that is now. Done again for the same device
+    /// it changes nothing; for another one the attachment moves there.
+    pub fn attach(
+        &mut self,
+        attachment: &AttachmentId,
+        mode: AttachMode,
+        device: Device<'_>,
+    ) -> Result<(), DatapathError> {
+        let place = Place::from(mode);
+        let fail = |cause| DatapathError::Attach { attachment: attachment.clone(), device: device.to_string(), cause };
+        if let Some(entry) = self.known.get(attachment)
+            && entry.place == place
+            && entry.is_on(device).map_err(fail)?
+        {
+            return Ok(());
+        }
+        self.detach(attachment)?;
+        let endpoint = match place {
+            Place::HostSide => device.enter(Ok).map_err(fail)?,
+            Place::InPod => self.free_number()?,
+        };
+        // A device has one attachment: an earlier one with this index is stale.
+        if let Some(stale) = self.known.iter().find(|(_, e)| e.endpoint == endpoint).map(|(a, _)| a.clone()) {
+            self.detach(&stale)?;
+        }
+        let name = PinName { attachment: attachment.clone(), place, endpoint };
+        let name = name.encode().ok_or_else(|| DatapathError::NameTooLong { attachment: attachment.clone() })?;
+        let dir = self.pins.pod(&name);
+        self.reset_counters(endpoint)?;
+        let entry = Entry { place, endpoint, dir };
+        if let Err(cause) = self.attach_and_pin(&entry, device)? {
+            // Undo as far as it goes; the next start collects the rest.
+            let _ = entry.discard();
+            let _ = self.counters.remove(&endpoint);
+            return Err(fail(cause));
+        }
+        self.known.insert(attachment.clone(), entry);
+        Ok(())
+    }
+
+    /// Takes the programs off and forgets the attachment. Success when there is
+    /// nothing to take off. A clsact filter inside a pod goes with its device.
+    pub fn detach(&mut self, attachment: &AttachmentId) -> Result<(), DatapathError> {
+        let Some(entry) = self.known.get(attachment) else { return Ok(()) };
+        entry.discard().map_err(|cause| DatapathError::Pins { path: entry.dir.clone(), cause })?;
+        let _ = self.counters.remove(&entry.endpoint);
+        self.known.remove(attachment);
+        Ok(())
+    }
+
+    /// Detaches what `live` does not want; what was detached comes back.
+    pub fn retain(&mut self, live: impl Fn(&AttachmentId) -> bool) -> Result<Vec<AttachmentId>, DatapathError> {
+        let gone: Vec<_> = self.known.keys().filter(|a| !live(a)).cloned().collect();
+        for attachment in &gone {
+            self.detach(attachment)?;
+        }
+        Ok(gone)
+    }
+
+    /// Whether both programs are on this device now, read from the kernel.
+    pub fn verify(&self, attachment: &AttachmentId, device: Device<'_>) -> Result<bool, DatapathError> {
+        let Some(entry) = self.known.get(attachment) else { return Ok(false) };
+        entry.is_on(device).map_err(|cause| DatapathError::Attach {
+            attachment: attachment.clone(),
+            device: device.to_string(),
+            cause,
+        })
+    }
+
+    /// What is attached, read from the kernel.
+    pub fn attached(&self) -> Result<Vec<Attached>, DatapathError> {
+        self.known.iter().map(|(attachment, entry)| entry.describe(attachment)).collect()
+    }
+
+    /// What passed each attachment since it was attached.
+    pub fn counters(&self) -> Result<Vec<(AttachmentId, Counters)>, DatapathError> {
+        let sum = |endpoint: &Endpoint| {
+            let mut total = Counters::default();
+            match self.counters.get(endpoint, 0) {
+                Ok(per_cpu) => per_cpu.iter().for_each(|c| add(&mut total, c)),
+                Err(MapError::KeyNotFound) => {}
+                Err(e) => return Err(DatapathError::Counters(e)),
+            }
+            Ok(total)
+        };
+        self.known.iter().map(|(attachment, entry)| Ok((attachment.clone(), sum(&entry.endpoint)?))).collect()
+    }
+
+    /// The inner error is the device's, the outer one ours.
+    fn attach_and_pin(&mut self, entry: &Entry, device: Device<'_>) -> Result<io::Result<()>, DatapathError> {
+        let mut own;
+        let programs = match entry.place {
+            Place::HostSide => &mut self.shared,
+            Place::InPod => {
+                own = self.loader.load(entry.endpoint)?;
+                &mut own
+            }
+        };
+        if let Err(e) = fs::create_dir(&entry.dir) {
+            return Ok(Err(e));
+        }
+        for direction in Direction::BOTH {
+            let chain = chain(entry.place, direction);
+            let pin = pin_of(&entry.dir, direction);
+            let program = programs.get(direction)?;
+            let via = match entry.place {
+                Place::HostSide => self.options.host_side,
+                Place::InPod => self.options.in_pod,
+            };
+            if via == Via::Tcx {
+                let link = device.enter(|ifindex| hook::attach_tcx(program, ifindex, chain));
+                match link.and_then(|link| bpf::pin(link.as_fd(), &pin)) {
+                    Ok(()) => continue,
+                    Err(e) => return Ok(Err(e)),
+                }
+            }
+            // Pinned first: a filter without a pin would not be found again.
+            let pinned = program.fd().map_err(io::Error::other).and_then(|fd| bpf::pin(fd.as_fd(), &pin));
+            let done = pinned.and_then(|()| device.enter(|ifindex| clsact::attach(program, ifindex, chain)));
+            if done.is_err() {
+                return Ok(done);
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Takes over one pin directory. `None` when there is nothing alive in it;
+    /// the caller removes it then.
+    fn adopt(&mut self, dir: &Path) -> Option<AttachmentId> {
+        let name = PinName::decode(dir.file_name()?.to_str()?)?;
+        if self.known.contains_key(&name.attachment) || self.known.values().any(|e| e.endpoint == name.endpoint) {
+            return None;
+        }
+        let mut entry = Entry { place: name.place, endpoint: name.endpoint, dir: dir.to_owned() };
+        let attached = entry.describe(&name.attachment).ok().filter(|_| entry.is_alive())?;
+        if let Err(e) = self.update(&entry, attached.via) {
+            tracing::warn!(attachment = %name.attachment, error = %e, "cannot take a pod's programs over; they are removed");
+            return None;
+        }
+        let home = self.pins.pod(&name.encode()?);
+        if home != entry.dir {
+            fs::rename(&entry.dir, &home).ok()?;
+            entry.dir = home;
+        }
+        if matches!(self.counters.get(&entry.endpoint, 0), Err(MapError::KeyNotFound)) {
+            self.reset_counters(entry.endpoint).ok()?;
+        }
+        self.known.insert(name.attachment.clone(), entry);
+        Some(name.attachment)
+    }
+
+    /// Removes a pin directory that was not adopted.
+    fn collect(&self, dir: &Path) -> io::Result<()> {
+        let entry = Entry::unknown(dir);
+        if self.known.values().any(|e| e.endpoint == entry.endpoint) {
+            // What is on that device is an adopted attachment's.
+            return pins::remove(dir);
+        }
+        entry.discard()
+    }
+
+    /// Swaps this build's programs in. A clsact device inside a pod is out of
+    /// reach until the next `attach`; it goes on with its old programs.
+    fn update(&mut self, entry: &Entry, via: Via) -> Result<(), DatapathError> {
+        let pins = |cause| DatapathError::Pins { path: entry.dir.clone(), cause };
+        let mut own;
+        let programs = match entry.place {
+            Place::HostSide => &mut self.shared,
+            Place::InPod => {
+                own = self.loader.load(entry.endpoint)?;
+                &mut own
+            }
+        };
+        for direction in Direction::BOTH {
+            let pin = pin_of(&entry.dir, direction);
+            let program = programs.get(direction)?;
+            let fd = program.fd().map_err(|e| refusal("a loaded program", &e))?;
+            match (via, entry.place) {
+                (Via::Tcx, _) => {
+                    bpf::open_pinned(&pin).and_then(|link| bpf::link_update(link.as_fd(), fd.as_fd())).map_err(pins)?
+                }
+                (Via::Clsact, Place::HostSide) => {
+                    pins::replace(fd.as_fd(), &pin).map_err(pins)?;
+                    clsact::attach(program, entry.endpoint, chain(entry.place, direction)).map_err(pins)?;
+                }
+                (Via::Clsact, Place::InPod) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn free_number(&self) -> Result<Endpoint, DatapathError> {
+        let taken = |n: &Endpoint| self.known.values().any(|e| e.endpoint == *n);
+        (IN_POD..IN_POD + MAX_ENDPOINTS).find(|n| !taken(n)).ok_or(DatapathError::Full)
+    }
+
+    fn reset_counters(&mut self, endpoint: Endpoint) -> Result<(), DatapathError> {
+        let cpus = aya::util::nr_cpus().map_err(|(_, e)| DatapathError::Counters(e.into()))?;
+        let zero =
+            PerCpuValues::try_from(vec![Counters::default(); cpus]).map_err(|e| DatapathError::Counters(e.into()))?;
+        self.counters.insert(endpoint, zero, 0).map_err(DatapathError::Counters)
+    }
+
+    /// Entries that a crash left behind, between a device's end and ours.
+    fn drop_orphan_counters(&mut self) -> Result<(), DatapathError> {
+        let keys = self.counters.keys().collect::<Result<Vec<_>, _>>().map_err(DatapathError::Counters)?;
+        for key in keys {
+            if !self.known.values().any(|e| e.endpoint == key) {
+                let _ = self.counters.remove(&key);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn add(total: &mut Counters, one: &Counters) {
+    total.ingress_packets += one.ingress_packets;
+    total.ingress_bytes += one.ingress_bytes;
+    total.egress_packets += one.egress_packets;
+    total.egress_bytes += one.egress_bytes;
+}
+
+/// With the cause's whole chain, and the remedy when it is a matter of rights.
+fn refusal(what: &str, error: &(dyn std::error::Error + 'static)) -> DatapathError {
+    let mut cause = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let text = inner.to_string();
+        if inner.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::PermissionDenied) {
+            cause.push_str(": the process needs CAP_BPF and CAP_NET_ADMIN, before kernel 5.8 CAP_SYS_ADMIN");
+        } else if !cause.contains(&text) {
+            cause = format!("{cause}: {text}");
+        }
+        source = inner.source();
+    }
+    DatapathError::Refused { what: what.to_owned(), cause }
+}

@@ -21,6 +21,8 @@ pub mod config;
 pub mod datapath;
 /// DebugHttp actor: /debug/actors, /metrics, /healthz, /readyz, the page.
 pub mod debug;
+/// `fairway install-cni`: the shim and the conflist, atomically.
+pub mod install;
 /// A whole VPC on one machine: simulated cloud, Kubernetes stand-in, nodes.
 pub mod lab;
 /// The names everyone shares: pods, attachments, ENIs, leases.

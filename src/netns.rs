@@ -3,6 +3,36 @@
 //! Purpose: makes a pod's namespace match its lease and undoes it. What the
 //! kernel should look like is decided by `plan` (pure); each mode is one file.
 //! Idempotent, parallel across pods, no shelling out.
+//!
+//! The way of a request: the actor gives it to the wiring thread with the least
+//! to do; its [`desk`](self) opens the namespaces, reads what is there, asks
+//! [`plan`] for the steps and takes them, one system call for many. Nothing is
+//! remembered between requests: names, hardware addresses and table numbers
+//! follow from the attachment and the ENI (`names`).
+//!
+//! Routes and rules of ours carry the protocol number 70. The node's network
+//! manager must leave them and our devices alone (systemd-networkd:
+//! `ManageForeignRoutes=no`, `ManageForeignRoutingPolicyRules=no`).
+//!
+//! A new mode (ipvlan, netkit) is a file with its `desired` beside `veth` and
+//! `exclusive`, and a [`LinkKind`](objects::LinkKind) for how its device is made.
+
+mod config;
+mod desk;
+mod eni;
+mod exclusive;
+mod message;
+mod monitor;
+pub mod names;
+mod nl;
+pub mod objects;
+pub mod plan;
+mod programs;
+mod queues;
+mod read;
+mod site;
+mod veth;
+mod wirer;
 
 use std::path::PathBuf;
 
@@ -10,6 +40,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::actor::Message;
 use crate::model::{AttachmentId, EniId, EniRef, Lease, Mac};
+
+pub use config::{BadConfig, Config};
+pub use programs::{Attachment, NoPrograms, PodPrograms};
+pub use wirer::{NetnsWirer, Wiring};
 
 /// Make the namespace match the lease. Done again it changes nothing.
 #[derive(Clone, Debug)]
@@ -74,6 +108,9 @@ pub struct PreparedEni {
     pub ifindex: u32,
     pub rx_queues: u32,
     pub mtu: u32,
+    /// The cores that serve each receive queue; empty when nothing was spread.
+    #[serde(default)]
+    pub receive_cores: Vec<String>,
 }
 
 /// Remove the host side of an ENI that is about to be detached.
@@ -108,12 +145,16 @@ pub struct KernelInventory {
     pub ruled: Vec<std::net::IpAddr>,
     /// Attachments with a pinned program of ours.
     pub pinned: Vec<String>,
+    /// ENI devices whose receive queues are spread, with the cores per queue.
+    #[serde(default)]
+    pub receive: Vec<(String, Vec<String>)>,
 }
 
 /// One difference between the kernel and a lease.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
-    /// `link`, `address`, `route`, `rule`, `neighbour`, `program`, `namespace`.
+    /// `link`, `address`, `route`, `rule`, `neighbour`, `program`, `namespace`,
+    /// `qdisc`, `sysctl`.
     pub what: String,
     pub detail: String,
 }

@@ -4,13 +4,59 @@
 //! node, keeps a stock of idle ones, and accounts for every address and ENI
 //! through any crash. What to do is decided by `plan` (pure); what was decided
 //! is written to `ledger` (sled) before it is done and after.
+//!
+//! How it turns: requests, answers of calls and changed facts are queued. A turn
+//! takes all of them, applies them and the plan's steps to a copy of the state,
+//! and writes the difference in one batch. Only when that is durable does the
+//! copy become the state, are answers given and the calls started that the new
+//! state asks for. What arrives meanwhile waits for the next turn, so batches
+//! grow with the load and nothing ever sleeps to form one.
+//!
+//! - data: [`state`], [`demand`], [`config`]; [`step`]: the transitions
+//! - deciding: [`plan`], [`work`], [`outcome`], [`reconcile`], [`audit`]
+//! - doing: `turn`, `calls`, `duties`; on disk: [`ledger`]; seen: [`snapshot`]
 
+mod apply;
+pub mod audit;
+mod calls;
+pub mod config;
+pub mod demand;
+mod duties;
+pub mod ledger;
+pub mod outcome;
+pub mod plan;
+pub mod reconcile;
+pub mod snapshot;
+mod start;
+pub mod state;
+pub mod step;
+mod turn;
+mod why;
+pub use why::{Why, why};
+pub mod work;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::actor::Message;
-use crate::cloud::CloudError;
-use crate::model::{AttachMode, AttachmentId, Bandwidth, Lease, PodKey};
-use std::path::PathBuf;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::actor::{Actor, Ctx, Handles, Message, Port, Responder, StartError, Worker};
+use crate::cloud::{self, CloudError};
+use crate::model::{AttachMode, AttachmentId, Bandwidth, Lease, PodKey, SecurityGroupId};
+use crate::netns;
+
+pub use audit::AuditReport;
+pub use config::{Config, VSwitchPolicy};
+pub use demand::{BoundPod, BoundPods};
+pub use ledger::LedgerReport;
+pub use snapshot::PoolSnapshot;
+
+use demand::Demand;
+use state::{EniKey, State, Time};
+use work::Subject;
 
 /// Lease an address for an attachment. Asked again for the same attachment it
 /// answers the same lease.
@@ -87,6 +133,15 @@ impl Message for Leases {
     type Error = PoolError;
 }
 
+/// Compare ledger, cloud, kernel and cluster by fresh readings; changes nothing.
+#[derive(Clone, Debug)]
+pub struct Audit {}
+impl Message for Audit {
+    const NAME: &'static str = "Audit";
+    type Reply = AuditReport;
+    type Error = PoolError;
+}
+
 /// Why an address could not be leased or released.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PoolError {
@@ -106,4 +161,199 @@ pub enum PoolError {
     Reconciling,
     #[error("attachment {0} is being released; try again")]
     BeingReleased(AttachmentId),
+}
+
+/// What the pool asks of CloudApi.
+#[derive(Clone, Debug)]
+pub struct CloudPorts {
+    pub who_am_i: Port<cloud::WhoAmI>,
+    pub instance_type: Port<cloud::DescribeInstanceType>,
+    pub vswitches: Port<cloud::DescribeVSwitches>,
+    pub enis: Port<cloud::DescribeEnis>,
+    pub create: Port<cloud::CreateEni>,
+    pub attach: Port<cloud::AttachEni>,
+    pub detach: Port<cloud::DetachEni>,
+    pub delete: Port<cloud::DeleteEni>,
+    pub assign4: Port<cloud::AssignIpv4>,
+    pub unassign4: Port<cloud::UnassignIpv4>,
+    pub assign6: Port<cloud::AssignIpv6>,
+    pub unassign6: Port<cloud::UnassignIpv6>,
+}
+
+/// What the pool asks of NetnsWirer.
+#[derive(Clone, Debug)]
+pub struct NetnsPorts {
+    pub prepare: Port<netns::PrepareEni>,
+    pub forget: Port<netns::ForgetEni>,
+    pub unwire: Port<netns::Unwire>,
+    pub inventory: Port<netns::Inventory>,
+}
+
+/// Everything the pool is built from, afresh after each failure.
+#[derive(Clone)]
+pub struct Deps {
+    pub config: Config,
+    /// The ledger's folder, or another place to keep it (tests).
+    pub ledger: LedgerPlace,
+    pub cloud: CloudPorts,
+    pub netns: NetnsPorts,
+    pub bound: watch::Receiver<BoundPods>,
+    /// This node reclaims the cluster's orphaned ENIs.
+    pub elected: watch::Receiver<bool>,
+    pub snapshots: watch::Sender<Arc<PoolSnapshot>>,
+}
+
+#[derive(Clone)]
+pub enum LedgerPlace {
+    Folder(PathBuf),
+    Memory(ledger::MemoryStore),
+}
+
+/// The ledger's thread owns these two.
+pub(crate) struct Desk {
+    ledger: ledger::Ledger,
+    fail_point: step::FailPoint,
+}
+
+struct Waiting {
+    request: Allocate,
+    to: Responder<Allocate>,
+}
+
+pub struct Pool {
+    config: Config,
+    cloud: CloudPorts,
+    netns: NetnsPorts,
+    bound: watch::Receiver<BoundPods>,
+    elected: watch::Receiver<bool>,
+    snapshots: watch::Sender<Arc<PoolSnapshot>>,
+    desk: Worker<Desk>,
+    clock: Clock,
+
+    /// Equal to what is on disk.
+    state: State,
+    report: LedgerReport,
+    ledger_error: Option<String>,
+    reconciled: bool,
+
+    // Turning.
+    jobs: Vec<turn::Job>,
+    waiting: Vec<Waiting>,
+    committing: bool,
+    /// Something came while a turn could not be taken.
+    again: bool,
+    waker: Option<crate::actor::Timer>,
+    expiry: Option<crate::actor::Timer>,
+    publishing: bool,
+    steps: step::StepCounts,
+
+    // Calls.
+    running: BTreeMap<Subject, (&'static str, Instant)>,
+    /// When a call for this ENI last began or ended.
+    touched: BTreeMap<EniKey, Instant>,
+    /// Failures of work that no hold in the state covers.
+    retries: BTreeMap<Subject, (Time, u32)>,
+    last_error: Option<CloudError>,
+
+    // Knowledge of the outside, read again after each start.
+    demand: Demand,
+    security_groups: Vec<SecurityGroupId>,
+    looking: duties::Looking,
+    gone_since: BTreeMap<(AttachmentId, reconcile::Gone), Time>,
+    orphans: BTreeMap<crate::model::EniId, Time>,
+    reclaiming: bool,
+}
+
+/// Wall time that never jumps while the process lives.
+#[derive(Clone, Copy, Debug)]
+struct Clock {
+    began: Instant,
+    wall_ms: u64,
+}
+
+impl Clock {
+    fn start() -> Self {
+        let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        Self { began: Instant::now(), wall_ms: u64::try_from(wall.as_millis()).unwrap_or(u64::MAX) }
+    }
+    fn now(&self) -> Time {
+        Time(self.wall_ms).plus(Instant::now() - self.began)
+    }
+}
+
+impl Actor for Pool {
+    const NAME: &'static str = "Pool";
+    const CAPACITY: usize = 2048;
+
+    fn started(&mut self, ctx: &mut Ctx<'_, Self>) -> Result<(), StartError> {
+        ctx.on_change(self.bound.clone(), |pool, bound, ctx| {
+            pool.demand.bound = bound;
+            pool.turn(ctx);
+        });
+        let sweep = (self.config.sandbox_gone_after / 2).clamp(Duration::from_secs(1), Duration::from_secs(30));
+        ctx.every(sweep, |pool, ctx| pool.sweep(ctx));
+        ctx.every(self.config.resync, |pool, ctx| pool.look(duties::Scope::Everything, ctx));
+        let reclaim = (self.config.orphan_delay / 3).clamp(Duration::from_secs(1), Duration::from_secs(120));
+        ctx.every(reclaim, |pool, ctx| pool.reclaim(ctx));
+        self.publish(ctx);
+        self.reconcile(ctx);
+        Ok(())
+    }
+}
+
+impl Handles<Allocate> for Pool {
+    fn handle(&mut self, request: Allocate, to: Responder<Allocate>, ctx: &mut Ctx<'_, Self>) {
+        self.waiting.push(Waiting { request, to });
+        self.expire_waiting(ctx);
+        self.turn(ctx);
+    }
+}
+
+impl Handles<Confirm> for Pool {
+    fn handle(&mut self, message: Confirm, to: Responder<Confirm>, ctx: &mut Ctx<'_, Self>) {
+        self.jobs.push(turn::Job::Confirm(message.attachment, to));
+        self.turn(ctx);
+    }
+}
+
+impl Handles<BeginRelease> for Pool {
+    fn handle(&mut self, message: BeginRelease, to: Responder<BeginRelease>, ctx: &mut Ctx<'_, Self>) {
+        // A DEL ends an ADD that still waits.
+        let (ended, waiting) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|w| w.request.attachment == message.attachment);
+        self.waiting = waiting;
+        let ended: Vec<Waiting> = ended;
+        for waiting in ended {
+            waiting.to.fail(PoolError::BeingReleased(message.attachment.clone()));
+        }
+        self.jobs.push(turn::Job::Begin(message.attachment, to));
+        self.turn(ctx);
+    }
+}
+
+impl Handles<FinishRelease> for Pool {
+    fn handle(&mut self, message: FinishRelease, to: Responder<FinishRelease>, ctx: &mut Ctx<'_, Self>) {
+        self.jobs.push(turn::Job::Finish(message.attachment, to));
+        self.turn(ctx);
+    }
+}
+
+impl Handles<Lookup> for Pool {
+    fn handle(&mut self, message: Lookup, to: Responder<Lookup>, ctx: &mut Ctx<'_, Self>) {
+        self.jobs.push(turn::Job::Lookup(message.attachment, to));
+        self.turn(ctx);
+    }
+}
+
+impl Handles<Leases> for Pool {
+    fn handle(&mut self, _: Leases, to: Responder<Leases>, ctx: &mut Ctx<'_, Self>) {
+        self.jobs.push(turn::Job::Leases(to));
+        self.turn(ctx);
+    }
+}
+
+impl Handles<Audit> for Pool {
+    fn handle(&mut self, _: Audit, to: Responder<Audit>, ctx: &mut Ctx<'_, Self>) {
+        self.audit(to, ctx);
+    }
 }

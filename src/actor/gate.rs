@@ -73,6 +73,8 @@ impl<A: Actor> Handle<A> {
         addr.do_send(Envelope { message, to });
         match tokio::time::timeout_at(deadline.instant(), answer).await {
             Err(_) => Err(AskError::Timeout { actor: A::NAME, message: M::NAME }),
+            // Its turn came too late, and it was dropped unhandled.
+            Ok(Err(_)) if deadline.passed() => Err(AskError::Timeout { actor: A::NAME, message: M::NAME }),
             Ok(Err(_)) => Err(AskError::Unavailable { actor: A::NAME }),
             Ok(Ok(Ok(reply))) => Ok(reply),
             Ok(Ok(Err(error))) => Err(AskError::Domain(error)),

@@ -77,17 +77,19 @@ impl<E> AskError<E> {
     }
 }
 
+type Answered<M> = Result<<M as Message>::Reply, <M as Message>::Error>;
+
 /// The way back to the caller. Holds the mailbox permit: the request counts as
 /// in work until this is answered or dropped.
 pub struct Responder<M: Message> {
     deadline: Deadline,
     span: Span,
-    reply: oneshot::Sender<Result<M::Reply, M::Error>>,
+    reply: oneshot::Sender<Answered<M>>,
     ticket: Ticket,
 }
 
 impl<M: Message> Responder<M> {
-    pub(super) fn new(deadline: Deadline, ticket: Ticket) -> (Self, oneshot::Receiver<Result<M::Reply, M::Error>>) {
+    pub(super) fn new(deadline: Deadline, ticket: Ticket) -> (Self, oneshot::Receiver<Answered<M>>) {
         let (reply, answer) = oneshot::channel();
         (Self { deadline, span: Span::current(), reply, ticket }, answer)
     }
@@ -103,10 +105,13 @@ impl<M: Message> Responder<M> {
     pub fn abandoned(&self) -> bool {
         self.reply.is_closed() || self.deadline.passed()
     }
-    pub fn answer(mut self, result: Result<M::Reply, M::Error>) {
-        self.ticket.finish(if result.is_ok() { "ok" } else { "error" });
-        // A caller that no longer waits is not an error.
-        let _ = self.reply.send(result);
+    pub fn answer(self, result: Result<M::Reply, M::Error>) {
+        let Self { reply, mut ticket, .. } = self;
+        ticket.finish(if result.is_ok() { "ok" } else { "error" });
+        // The permit is back before the caller knows, so that who asks one after
+        // the other is never refused. A caller that no longer waits is no error.
+        drop(ticket);
+        let _ = reply.send(result);
     }
     pub fn ok(self, reply: M::Reply) {
         self.answer(Ok(reply));

@@ -82,7 +82,8 @@ pub fn run<F: Future>(work: F) -> F::Output {
     actix_rt::System::new().block_on(work)
 }
 
-/// The supervised children of the process, in start order.
+/// The supervised children of the process, in start order. Dropping the tree
+/// tells all of them to stop; [`Tree::shutdown`] also waits.
 pub struct Tree {
     registry: Registry,
     placement: Placement,

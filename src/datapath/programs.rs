@@ -1,0 +1,181 @@
+//! The embedded object: loading it over the pinned maps, and what those maps
+//! must look like before they are trusted.
+//!
+//! aya takes a pinned map by its path alone; a map of another type or size would
+//! be read as garbage. So every pin is compared with [`MapSpec`] first, and the
+//! object's own maps with the same table after loading.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use aya::maps::{MapInfo, MapType, PerCpuHashMap};
+use aya::programs::{ProgramError, SchedClassifier};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use fairway_ebpf_abi::{COUNTERS, Counters, ENDPOINT, Endpoint, IN_POD, MAX_ENDPOINTS, POD_EGRESS, POD_INGRESS};
+
+use super::hook::Direction;
+use super::pins::Pins;
+use super::{DatapathError, refusal};
+use crate::sys::bpf;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/fairway-ebpf.o"));
+
+const BPF_F_NO_PREALLOC: u32 = 1;
+
+/// What a map must be for the programs and this crate to agree about it.
+struct MapSpec {
+    name: &'static str,
+    map_type: MapType,
+    key_size: usize,
+    value_size: usize,
+    max_entries: u32,
+    flags: u32,
+}
+
+/// Every pinned map.
+const MAPS: [MapSpec; 1] = [MapSpec {
+    name: COUNTERS,
+    map_type: MapType::PerCpuHash,
+    key_size: size_of::<Endpoint>(),
+    value_size: size_of::<Counters>(),
+    max_entries: MAX_ENDPOINTS,
+    flags: BPF_F_NO_PREALLOC,
+}];
+
+impl MapSpec {
+    /// How a map differs from this, in words; `None` when it does not.
+    fn mismatch(&self, info: &MapInfo) -> Option<String> {
+        let mut found = Vec::new();
+        match info.map_type() {
+            Ok(map_type) if map_type == self.map_type => {}
+            other => found.push(format!("type {other:?} instead of {:?}", self.map_type)),
+        }
+        for (what, is, should) in [
+            ("key size", info.key_size(), self.key_size as u32),
+            ("value size", info.value_size(), self.value_size as u32),
+            ("capacity", info.max_entries(), self.max_entries),
+            ("flags", info.map_flags(), self.flags),
+        ] {
+            if is != should {
+                found.push(format!("{what} {is} instead of {should}"));
+            }
+        }
+        (!found.is_empty()).then(|| format!("{}: {}", self.name, found.join(", ")))
+    }
+
+    /// As [`Self::mismatch`], for what is pinned at `path`.
+    fn mismatch_at(&self, path: &Path) -> io::Result<Option<String>> {
+        let pinned = match bpf::open_pinned(path) {
+            Ok(fd) => fd,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // A directory, say.
+            Err(e) => return Ok(Some(format!("{}: {e}", self.name))),
+        };
+        match bpf::kind(pinned.as_fd())? {
+            bpf::Kind::Map => Ok(self.mismatch(&MapInfo::from_pin(path).map_err(io::Error::other)?)),
+            other => Ok(Some(format!("{}: a {other:?} instead of a map", self.name))),
+        }
+    }
+}
+
+/// Removes pins that are not what they should be; new maps take their places.
+/// Says which and why.
+pub(super) fn rotate_foreign_maps(pins: &Pins) -> io::Result<Vec<String>> {
+    let mut rotated = Vec::new();
+    for spec in &MAPS {
+        let path = pins.map(spec.name);
+        if let Some(why) = spec.mismatch_at(&path)? {
+            if std::fs::symlink_metadata(&path)?.is_dir() {
+                std::fs::remove_dir_all(&path)?;
+            } else {
+                std::fs::remove_file(&path)?;
+            }
+            rotated.push(why);
+        }
+    }
+    Ok(rotated)
+}
+
+pub(super) type CounterMap = PerCpuHashMap<aya::maps::MapData, Endpoint, Counters>;
+
+/// The constants that programs are loaded with: 0, and every number of a device
+/// inside a pod. The loader keeps references to them.
+static NUMBERS: [Endpoint; MAX_ENDPOINTS as usize + 1] = {
+    let mut numbers = [0; MAX_ENDPOINTS as usize + 1];
+    let mut i = 0;
+    while i < MAX_ENDPOINTS {
+        numbers[i as usize + 1] = IN_POD + i;
+        i += 1;
+    }
+    numbers
+};
+
+/// Loads the object, any number of times.
+pub(super) struct Loader {
+    loader: EbpfLoader<'static>,
+}
+
+impl Loader {
+    pub(super) fn new(pins: &Pins) -> Self {
+        let mut loader = EbpfLoader::new();
+        // The kernel's own types, megabytes of them, serve relocations that this
+        // object does not have.
+        loader.btf(None).verifier_log_level(VerifierLogLevel::DISABLE);
+        for spec in &MAPS {
+            loader.map_pin_path(spec.name, pins.map(spec.name));
+        }
+        Self { loader }
+    }
+
+    /// `endpoint` is the number the programs count under; 0 makes them use the
+    /// interface index.
+    pub(super) fn load(&mut self, endpoint: Endpoint) -> Result<Programs, DatapathError> {
+        let number = NUMBERS.iter().find(|n| **n == endpoint).ok_or(DatapathError::Full)?;
+        self.loader.override_global(ENDPOINT, number, true);
+        let object = self.loader.load(OBJECT).map_err(|e| refusal("the eBPF object", &e))?;
+        let mut programs = Programs { object };
+        for direction in Direction::BOTH {
+            programs.get(direction)?.load().map_err(|e| refusal(name_of(direction), &e))?;
+        }
+        Ok(programs)
+    }
+}
+
+/// One load of the object: its programs, over the pinned maps.
+pub(super) struct Programs {
+    object: Ebpf,
+}
+
+impl Programs {
+    pub(super) fn get(&mut self, direction: Direction) -> Result<&mut SchedClassifier, DatapathError> {
+        let name = name_of(direction);
+        let program = self.object.program_mut(name).ok_or(ProgramError::NotLoaded);
+        program.and_then(|p| p.try_into()).map_err(|e| refusal(name, &e))
+    }
+
+    /// The counters; of one load only, and only once.
+    pub(super) fn take_counters(&mut self) -> Result<CounterMap, DatapathError> {
+        let map = self.object.take_map(COUNTERS).ok_or_else(|| DatapathError::Object(format!("no map {COUNTERS}")))?;
+        let counters = PerCpuHashMap::try_from(map).map_err(|e| DatapathError::Object(e.to_string()))?;
+        Ok(counters)
+    }
+}
+
+/// The object and this crate must describe the maps alike.
+pub(super) fn check_loaded_maps(pins: &Pins) -> Result<(), DatapathError> {
+    for spec in &MAPS {
+        let path = pins.map(spec.name);
+        if let Some(why) = spec.mismatch_at(&path).map_err(|cause| DatapathError::Pins { path, cause })? {
+            return Err(DatapathError::Object(format!("{why}; it was compiled from other sources")));
+        }
+    }
+    Ok(())
+}
+
+fn name_of(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Egress => POD_EGRESS,
+        Direction::Ingress => POD_INGRESS,
+    }
+}

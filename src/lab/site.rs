@@ -1,0 +1,392 @@
+//! Site: the whole lab assembled, from the VPC to the nodes' kubelets.
+//!
+//! Owner of every part; brings them up in order and takes them down in the
+//! reverse one, also when bringing up fails half-way or the caller goes away.
+//! The agents learn what they know from the cloud's API, the metadata service,
+//! the Kubernetes API and their configuration file, as on a real node.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use ipnet::Ipv4Net;
+use serde_json::{Value, json};
+
+use super::cloud::{self, CloudConfig, CloudLab, Listeners, RegisterInstance};
+use super::kube::{KubeConfig, KubeLab, kubeconfig};
+use super::kubelet::api::{KubeApi, node_object};
+use super::kubelet::{Kubelet, KubeletConfig};
+use super::node::agent::AgentSpec;
+use super::node::{Node, down};
+use super::vpc::edge::VmSpec;
+use super::vpc::name::LabId;
+use super::vpc::ns::Netns;
+use super::vpc::os::Boot;
+use super::vpc::{Vpc, VpcConfig};
+use crate::install::Conflist;
+
+/// Where the services of the VPC listen, in the router's namespace.
+const API: Ipv4Addr = Ipv4Addr::new(100, 100, 0, 10);
+const KUBE_API: Ipv4Addr = Ipv4Addr::new(100, 100, 0, 20);
+const METADATA: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 200);
+/// The plain VM, in a block of the VPC that no vSwitch has.
+const VM: Ipv4Addr = Ipv4Addr::new(10, 0, 240, 10);
+
+/// One node to make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeSpec {
+    pub name: String,
+    pub instance_type: String,
+    pub vswitch: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct SiteConfig {
+    pub id: LabId,
+    pub nodes: Vec<NodeSpec>,
+    pub cloud: CloudConfig,
+    pub dual: bool,
+    pub mtu: u32,
+    /// Laid over the agents' configuration, key by key.
+    pub agent: Value,
+    pub agent_env: Vec<(String, String)>,
+    /// A killed agent comes back after this long.
+    pub restart_agents: Option<Duration>,
+    pub program: PathBuf,
+    pub shim: PathBuf,
+    /// The reference plugins' folder, to chain `portmap` after Fairway.
+    pub plugins: Option<PathBuf>,
+    pub cni_version: String,
+}
+
+impl SiteConfig {
+    /// Nodes `n1`, `n2`, … of one instance type, spread over the vSwitches.
+    pub fn new(id: LabId, nodes: usize, instance_type: &str) -> anyhow::Result<Self> {
+        let cloud = CloudConfig { sans: vec![API.to_string()], ..CloudConfig::default() };
+        let vswitches: Vec<&str> = cloud.vswitches.iter().map(|v| v.id.as_str()).collect();
+        let nodes = (0..nodes)
+            .map(|n| NodeSpec {
+                name: format!("n{}", n + 1),
+                instance_type: instance_type.to_owned(),
+                vswitch: vswitches[n % vswitches.len()].to_owned(),
+            })
+            .collect();
+        let program = std::env::current_exe().context("this program's own path")?;
+        let shim = beside(&program, "fairway-cni")?;
+        let plugins = Path::new("/usr/lib/cni");
+        Ok(Self {
+            id,
+            nodes,
+            cloud,
+            dual: false,
+            mtu: 1500,
+            agent: json!({}),
+            agent_env: Vec::new(),
+            restart_agents: Some(Duration::from_millis(200)),
+            program,
+            shim,
+            plugins: plugins.join("portmap").exists().then(|| plugins.to_owned()),
+            cni_version: "1.0.0".to_owned(),
+        })
+    }
+}
+
+/// A program of the same build: beside this one, or one folder up (tests).
+fn beside(program: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let dirs = program.ancestors().skip(1).take(2);
+    let found = dirs.map(|dir| dir.join(name)).find(|p| p.exists());
+    found.with_context(|| format!("no {name} beside {}; build it: cargo build --bins", program.display()))
+}
+
+/// A node with its instance, agent and kubelet.
+pub struct SiteNode {
+    pub name: String,
+    pub instance: String,
+    pub addresses: Vec<IpAddr>,
+    pub node: Node,
+    pub kubelet: Kubelet,
+}
+
+impl SiteNode {
+    pub fn debug_socket(&self) -> PathBuf {
+        debug_socket(&self.node.dirs().root)
+    }
+}
+
+fn debug_socket(root: &Path) -> PathBuf {
+    root.join("debug.sock")
+}
+
+/// A running lab. Take it down with [`Site::down`]; dropped, it still ends, but
+/// nobody hears what went wrong.
+pub struct Site {
+    // Fields are dropped in this order: nodes before what they live in.
+    pub nodes: Vec<SiteNode>,
+    pub vm: Netns,
+    pub outside: Netns,
+    pub vpc: Vpc,
+    pub kube: KubeLab,
+    pub kube_local: SocketAddr,
+    pub cloud: CloudLab,
+    pub admin: Option<SocketAddr>,
+    running: cloud::Running,
+    config: SiteConfig,
+    _claim: down::Claim,
+}
+
+impl Site {
+    /// Bring everything up; `progress` hears each step as it begins.
+    pub async fn up(config: SiteConfig, progress: &(dyn Fn(&str) + Sync)) -> anyhow::Result<Self> {
+        let claim = down::claim(&config.id)?;
+        progress("VPC: router, NAT gateway, a plain VM");
+        let mut vpc_config = VpcConfig::new(config.id.clone());
+        vpc_config.mtu = config.mtu;
+        let vpc = Vpc::up(vpc_config).await?;
+        for address in [API, KUBE_API, METADATA] {
+            vpc.add_service_address(address.into()).await?;
+        }
+        let vm = vpc.add_vm(vm_spec()).await?;
+        let outside = vpc.add_outside().await?;
+
+        progress("cloud API over HTTPS, metadata service, Kubernetes API");
+        let listeners = Listeners {
+            https: Some(vpc.listen_tcp((API, 443).into())?),
+            metadata: Some(vpc.listen_tcp((METADATA, 80).into())?),
+            admin: Some(std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?),
+            ..Listeners::default()
+        };
+        let running = CloudLab::start(config.cloud.clone(), Arc::new(vpc.clone()), listeners)?;
+        let cloud = running.cloud.clone();
+        let local = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let kube_local = local.local_addr()?;
+        let in_vpc = SocketAddr::from((KUBE_API, 6443));
+        let kube_config = KubeConfig { advertise: vec![in_vpc], ..KubeConfig::default() };
+        let kube = KubeLab::start(kube_config, vec![vpc.listen_tcp(in_vpc)?, local])?;
+        let state = config.id.state_dir();
+        std::fs::write(state.join("kubeconfig"), kubeconfig(kube_local))?;
+        std::fs::write(state.join("kubeconfig-vpc"), kubeconfig(in_vpc))?;
+        std::fs::write(state.join("ca.pem"), cloud.ca_pem().unwrap_or_default())?;
+
+        let admin = running.admin;
+        let mut site = Self {
+            nodes: Vec::new(),
+            vm,
+            outside,
+            vpc,
+            kube,
+            kube_local,
+            cloud,
+            admin,
+            running,
+            config,
+            _claim: claim,
+        };
+        for spec in site.config.nodes.clone() {
+            progress(&format!("node {}: instance of type {}, agent, kubelet", spec.name, spec.instance_type));
+            let node = site.add_node(&spec).await.with_context(|| format!("node {}", spec.name))?;
+            site.nodes.push(node);
+        }
+        progress("waiting until every node is ready");
+        site.wait_ready(Duration::from_secs(90)).await?;
+        Ok(site)
+    }
+
+    pub fn id(&self) -> &LabId {
+        &self.config.id
+    }
+
+    pub fn node(&self, name: &str) -> Option<&SiteNode> {
+        self.nodes.iter().find(|n| n.name == name)
+    }
+
+    async fn add_node(&self, spec: &NodeSpec) -> anyhow::Result<SiteNode> {
+        let node = Node::create(&self.config.id, &spec.name).await?;
+        let instance = format!("i-{}-{}", self.config.id, spec.name);
+        let registered = self
+            .cloud
+            .register_instance(&RegisterInstance {
+                instance_id: instance.clone(),
+                instance_type: spec.instance_type.clone(),
+                vswitch: spec.vswitch.clone(),
+                zone: None,
+                netns: Some(node.ns().name().to_owned()),
+                security_groups: Vec::new(),
+                primary_ip: None,
+                ipv6_count: u32::from(self.config.dual),
+            })
+            .await?;
+        let primary = registered.primary;
+        node.boot(&Boot::from(&primary)).await?;
+        let addresses: Vec<IpAddr> =
+            primary.v4.iter().map(|a| IpAddr::V4(*a)).chain(primary.v6.iter().map(|a| IpAddr::V6(*a))).collect();
+
+        self.install(&node)?;
+        let dirs = node.dirs();
+        let agent_config = self.agent_config(&spec.name, &dirs.root);
+        std::fs::write(&dirs.agent_config, format!("{agent_config:#}\n"))?;
+        node.start_agent(AgentSpec {
+            program: self.config.program.clone(),
+            args: vec!["agent".into(), "--config".into(), dirs.agent_config.display().to_string()],
+            env: self.config.agent_env.clone(),
+            restart_after: self.config.restart_agents,
+        })
+        .await?;
+
+        let client = kube::Client::try_from(kube::Config::new(format!("http://{}", self.kube_local).parse()?))?;
+        let api = KubeApi::new(client, &spec.name);
+        let provider = format!("{}.{instance}", self.config.cloud.region);
+        api.register(&node_object(&spec.name, &addresses, &registered.instance.zone, &provider, 256)).await?;
+        let kubelet = Kubelet::start(
+            KubeletConfig::new(&spec.name, addresses.clone(), dirs.clone()),
+            node.ns(),
+            node.spawner(),
+            &api.clone(),
+            Arc::new(api),
+        );
+        Ok(SiteNode { name: spec.name.clone(), instance, addresses, node, kubelet })
+    }
+
+    /// Plugins, then the conflist, as `fairway install-cni` does.
+    fn install(&self, node: &Node) -> anyhow::Result<()> {
+        node.install_plugin("fairway-cni", &self.config.shim)?;
+        if let Some(plugins) = &self.config.plugins {
+            node.install_plugin("portmap", &plugins.join("portmap"))?;
+        }
+        let root = &node.dirs().root;
+        let conflist = Conflist {
+            cni_version: self.config.cni_version.clone(),
+            socket: root.join("cni.sock"),
+            spool: root.join("spool"),
+            portmap: self.config.plugins.is_some(),
+        };
+        let text = format!("{:#}\n", conflist.render());
+        Ok(crate::install::replace(&node.dirs().net_d.join("10-fairway.conflist"), text.as_bytes(), 0o600)?)
+    }
+
+    fn agent_config(&self, node: &str, root: &Path) -> Value {
+        let state = self.config.id.state_dir();
+        let api = format!("https://{API}");
+        let mut config = json!({
+            "node": node,
+            "state_dir": root.join("state"),
+            "bpffs": root.join("bpf"),
+            "cloud": {
+                "endpoints": { "ecs": api, "vpc": api, "metadata": format!("http://{METADATA}") },
+                "ca_file": state.join("ca.pem"),
+            },
+            "pool": {
+                "cluster_id": format!("lab-{}", self.config.id),
+                "ip_stack": if self.config.dual { "dual" } else { "ipv4" },
+            },
+            "netns": { "sysfs": root.join("sys") },
+            "cni": { "socket": root.join("cni.sock"), "spool_dir": root.join("spool") },
+            "cluster": { "source": { "kubeconfig": state.join("kubeconfig-vpc") } },
+            "debug": { "listen": debug_socket(root) },
+        });
+        overlay(&mut config, &self.config.agent);
+        config
+    }
+
+    /// Until every agent has reconciled and every Node is Ready.
+    pub async fn wait_ready(&self, patience: Duration) -> anyhow::Result<()> {
+        for node in &self.nodes {
+            let mut network = node.kubelet.network();
+            let ready = tokio::time::timeout(patience, network.wait_for(Result::is_ok)).await;
+            if !matches!(ready, Ok(Ok(_))) {
+                let why = node.kubelet.network().borrow().clone().err().unwrap_or_default();
+                let log = node.node.dirs().agent_log.clone();
+                bail!("node {} is not ready: {why}\n{}", node.name, tail(&log, 15));
+            }
+            let socket = crate::debug::Listen::Unix(node.debug_socket());
+            let deadline = tokio::time::Instant::now() + patience;
+            while let Err(e) = crate::status::client::get_text(&socket, "/readyz").await {
+                if tokio::time::Instant::now() > deadline {
+                    bail!("the agent of {} is not ready: {e}\n{}", node.name, tail(&node.node.dirs().agent_log, 15));
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Take everything down, in order; what is still there afterwards is an
+    /// error.
+    pub async fn down(self) -> anyhow::Result<()> {
+        let Self { nodes, vpc, kube, cloud, running, config, .. } = self;
+        for node in &nodes {
+            node.node.stop_agent().await;
+        }
+        for node in nodes {
+            let SiteNode { node, kubelet, instance, .. } = node;
+            drop(kubelet);
+            let _ = cloud.remove_instance(&instance).await;
+            node.down().await?;
+        }
+        kube.stop().await;
+        running.shutdown().await;
+        vpc.down().await?;
+        drop(self._claim);
+        let id = config.id;
+        tokio::task::spawn_blocking(move || down::sweep(&id)).await??;
+        Ok(())
+    }
+}
+
+fn vm_spec() -> VmSpec {
+    VmSpec {
+        name: "vm".to_owned(),
+        subnet4: Ipv4Net::new_assert(Ipv4Addr::new(10, 0, 240, 0), 24),
+        gateway4: Ipv4Addr::new(10, 0, 240, 253),
+        v4: VM,
+        subnet6: None,
+        gateway6: None,
+        v6: None,
+    }
+}
+
+/// Lay one configuration over another: objects key by key, all else replaced.
+fn overlay(under: &mut Value, over: &Value) {
+    match (under, over) {
+        (Value::Object(under), Value::Object(over)) => {
+            for (key, value) in over {
+                overlay(under.entry(key.clone()).or_insert(Value::Null), value);
+            }
+        }
+        (under, over) => *under = over.clone(),
+    }
+}
+
+/// The last lines of a log, for an error message.
+pub fn tail(path: &Path, lines: usize) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// Agents' own views, by node; a node whose agent does not answer is left out.
+pub async fn agent_views(site: &Site, path: &str) -> BTreeMap<String, Value> {
+    let mut views = BTreeMap::new();
+    for node in &site.nodes {
+        let socket = crate::debug::Listen::Unix(node.debug_socket());
+        if let Ok(view) = crate::status::client::get(&socket, path).await {
+            views.insert(node.name.clone(), view);
+        }
+    }
+    views
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_overlay_keeps_what_it_does_not_name() {
+        let mut config = json!({"pool": {"min_idle": 1, "cluster_id": "c"}, "node": "n"});
+        overlay(&mut config, &json!({"pool": {"min_idle": 9}, "log": {"filter": "debug"}}));
+        let expected = json!({"pool": {"min_idle": 9, "cluster_id": "c"}, "node": "n", "log": {"filter": "debug"}});
+        assert_eq!(config, expected);
+    }
+}

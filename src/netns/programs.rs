@@ -1,0 +1,49 @@
+//! The hook for programs on pods' devices.
+//!
+//! Purpose: lets the datapath put its programs on a pod's devices at the right
+//! moment without this module knowing eBPF. Called on wiring threads, in the
+//! node's namespace; may block for as long as a load takes.
+
+use crate::model::{AttachmentId, Lease};
+
+/// One attachment's devices in the node's namespace.
+#[derive(Clone, Copy, Debug)]
+pub struct Attachment<'a> {
+    pub lease: &'a Lease,
+    pub host_ifname: &'a str,
+    pub host_ifindex: u32,
+    /// An exclusive ENI that has not moved into the pod yet. `None` once it has
+    /// (and always in veth mode, where the ENI is shared).
+    pub eni_ifindex: Option<u32>,
+}
+
+/// What the datapath does with a pod's devices. Every call may be repeated.
+pub trait PodPrograms: Send + Sync {
+    /// The devices are made and not up yet: no packet passes before this returns.
+    fn attach(&self, to: &Attachment<'_>) -> Result<(), String>;
+    /// The devices are gone, or an exclusive ENI is back with the node.
+    fn detach(&self, from: &AttachmentId) -> Result<(), String>;
+    /// What is wrong, in words; empty when all is well.
+    fn verify(&self, of: &Attachment<'_>) -> Result<Vec<String>, String>;
+    /// The attachments with a pinned program.
+    fn pinned(&self) -> Result<Vec<String>, String>;
+}
+
+/// No programs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoPrograms;
+
+impl PodPrograms for NoPrograms {
+    fn attach(&self, _: &Attachment<'_>) -> Result<(), String> {
+        Ok(())
+    }
+    fn detach(&self, _: &AttachmentId) -> Result<(), String> {
+        Ok(())
+    }
+    fn verify(&self, _: &Attachment<'_>) -> Result<Vec<String>, String> {
+        Ok(Vec::new())
+    }
+    fn pinned(&self) -> Result<Vec<String>, String> {
+        Ok(Vec::new())
+    }
+}

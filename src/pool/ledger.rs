@@ -1,0 +1,157 @@
+//! The ledger: the pool's state on disk.
+//!
+//! Owner: the `ledger` worker thread, which alone touches the [`Store`]. Every
+//! commit is one batch, flushed before anyone is told. Keys are readable
+//! (`address/10.0.1.7`), values are `v1:` and JSON. The tree `meta` says which
+//! schema this is and whose ledger: another instance's is refused.
+//!
+//! sled is a journal that can be rebuilt: a damaged one is moved aside
+//! (`ledger.corrupt-<time>`) and the pool recovers from cloud, kernel and
+//! cluster. After a failed write sled refuses all later ones, so it is opened
+//! anew, and what the failed batch may or may not have left is written again.
+
+mod records;
+mod sled_store;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+pub use records::{decode, diff, encode};
+pub use sled_store::SledStore;
+
+use crate::model::InstanceId;
+
+use super::state::State;
+
+/// One key's new value; `None` removes it.
+pub type Write = (String, Option<Vec<u8>>);
+
+/// A flat, ordered, durable map. One owner, never shared.
+pub trait Store: Send {
+    /// Everything, or the first error.
+    fn load(&mut self) -> Result<BTreeMap<String, Vec<u8>>, LedgerError>;
+    /// All of it or nothing, durable when it returns.
+    fn commit(&mut self, batch: &[Write]) -> Result<(), LedgerError>;
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LedgerError {
+    #[error("{0}")]
+    Io(String),
+    #[error("the ledger is damaged: {0}")]
+    Corrupt(String),
+    #[error(
+        "this ledger belongs to instance {theirs}, and this is {ours}: the state folder was copied; remove it, it will be rebuilt"
+    )]
+    Foreign { theirs: InstanceId, ours: InstanceId },
+    #[error("another process has the ledger open: {0}; only one agent may run on a node")]
+    InUse(String),
+    #[error("the ledger has schema {found}, this agent knows {known}; run the agent version that wrote it")]
+    Schema { found: String, known: u32 },
+}
+
+/// What opening the ledger found, for the log, an Event and a metric.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct LedgerReport {
+    /// There was none.
+    pub new: bool,
+    /// Why it had to be set aside, and where it is now.
+    pub damaged: Option<String>,
+    pub moved_to: Option<String>,
+    pub leases: usize,
+    pub enis: usize,
+}
+
+impl LedgerReport {
+    /// Leases may exist that the ledger does not know.
+    pub fn rebuilt(&self) -> bool {
+        self.new || self.damaged.is_some()
+    }
+}
+
+/// The state on disk, and what a failed write may have left there.
+pub struct Ledger {
+    store: Box<dyn Store>,
+    /// As known to be on disk.
+    written: Option<State>,
+    /// Keys a failed batch wanted to change.
+    doubtful: BTreeSet<String>,
+}
+
+impl Ledger {
+    /// Read everything; `None` when the store is empty.
+    pub fn open(mut store: Box<dyn Store>) -> Result<(Self, Option<State>), LedgerError> {
+        let records = store.load()?;
+        let state = if records.is_empty() { None } else { Some(decode(&records)?) };
+        Ok((Self { store, written: state.clone(), doubtful: BTreeSet::new() }, state))
+    }
+
+    /// Make `state` durable. Writes what differs from what is on disk.
+    pub fn commit(&mut self, state: &State) -> Result<(), LedgerError> {
+        let mut batch = diff(self.written.as_ref(), state)?;
+        if !self.doubtful.is_empty() {
+            // Rare: say everything again, and that nothing else is there.
+            let all = encode(state)?;
+            let stale = self.doubtful.iter().chain(batch.iter().map(|(key, _)| key));
+            let stale: Vec<Write> = stale.filter(|k| !all.contains_key(*k)).map(|k| (k.clone(), None)).collect();
+            batch = all.into_iter().map(|(key, value)| (key, Some(value))).chain(stale).collect();
+        }
+        if batch.is_empty() {
+            return Ok(());
+        }
+        match self.store.commit(&batch) {
+            Ok(()) => {
+                self.written = Some(state.clone());
+                self.doubtful.clear();
+                Ok(())
+            }
+            Err(error) => {
+                self.doubtful.extend(batch.into_iter().map(|(key, _)| key));
+                Err(error)
+            }
+        }
+    }
+}
+
+/// A store in memory, for tests and simulations. Clones share the content, as a
+/// disk outlives a process.
+#[derive(Clone, Default)]
+pub struct MemoryStore {
+    disk: std::sync::Arc<parking_lot::Mutex<MemoryDisk>>,
+}
+
+#[derive(Default)]
+struct MemoryDisk {
+    content: BTreeMap<String, Vec<u8>>,
+    fail: Option<String>,
+    commits: u64,
+}
+
+impl MemoryStore {
+    /// Every commit fails for this reason until told otherwise.
+    pub fn fail(&self, reason: Option<&str>) {
+        self.disk.lock().fail = reason.map(str::to_owned);
+    }
+    pub fn commits(&self) -> u64 {
+        self.disk.lock().commits
+    }
+}
+
+impl Store for MemoryStore {
+    fn load(&mut self) -> Result<BTreeMap<String, Vec<u8>>, LedgerError> {
+        Ok(self.disk.lock().content.clone())
+    }
+    fn commit(&mut self, batch: &[Write]) -> Result<(), LedgerError> {
+        let mut disk = self.disk.lock();
+        if let Some(reason) = &disk.fail {
+            return Err(LedgerError::Io(reason.clone()));
+        }
+        disk.commits += 1;
+        for (key, value) in batch {
+            match value {
+                Some(value) => disk.content.insert(key.clone(), value.clone()),
+                None => disk.content.remove(key),
+            };
+        }
+        Ok(())
+    }
+}

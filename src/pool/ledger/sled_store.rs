@@ -1,0 +1,173 @@
+//! The [`Store`] on disk: sled 0.34, by the rules that make it safe as a journal
+//! with one owner. Batch and flush before the reply; the first iteration error
+//! ends the reading; the cache is bounded; no `generate_id`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::{Ledger, LedgerError, LedgerReport, Store, Write};
+use crate::model::InstanceId;
+use crate::pool::state::State;
+
+const SCHEMA: u32 = 1;
+const CACHE_BYTES: u64 = 8 << 20;
+const META_TREE: &str = "meta";
+
+pub struct SledStore {
+    folder: PathBuf,
+    instance: InstanceId,
+    /// `None` after a failed write: to be opened anew.
+    db: Option<sled::Db>,
+}
+
+impl SledStore {
+    /// Open the ledger in `folder`; a damaged one is moved aside first.
+    pub fn open_ledger(
+        folder: &Path,
+        instance: &InstanceId,
+    ) -> Result<(Ledger, Option<State>, LedgerReport), LedgerError> {
+        let existed = folder.is_dir();
+        let mut report = LedgerReport::default();
+        let (ledger, state) = match Self::attempt(folder, instance) {
+            Err(LedgerError::Corrupt(why)) => {
+                let moved = move_aside(folder)?;
+                report.damaged = Some(why);
+                report.moved_to = Some(moved.display().to_string());
+                Self::attempt(folder, instance)?
+            }
+            other => other?,
+        };
+        report.new = !existed && state.is_none();
+        if existed && state.is_none() && report.damaged.is_none() {
+            // A crash before the first commit, or a file sled could not read and
+            // took for empty: either way leases may exist that it does not know.
+            report.new = true;
+        }
+        if let Some(state) = &state {
+            report.leases = state.leases().count();
+            report.enis = state.enis.len();
+        }
+        Ok((ledger, state, report))
+    }
+
+    fn attempt(folder: &Path, instance: &InstanceId) -> Result<(Ledger, Option<State>), LedgerError> {
+        // sled may panic on damage it did not foresee.
+        let opened = std::panic::catch_unwind(|| {
+            let store = Self::open(folder, instance)?;
+            Ledger::open(Box::new(store))
+        });
+        opened.unwrap_or_else(|_| Err(LedgerError::Corrupt("reading it failed unexpectedly".to_owned())))
+    }
+
+    pub fn open(folder: &Path, instance: &InstanceId) -> Result<Self, LedgerError> {
+        let mut store = Self { folder: folder.to_owned(), instance: instance.clone(), db: None };
+        store.db()?;
+        Ok(store)
+    }
+
+    fn db(&mut self) -> Result<&sled::Db, LedgerError> {
+        if self.db.is_none() {
+            let db = sled::Config::new()
+                .path(&self.folder)
+                .cache_capacity(CACHE_BYTES)
+                .mode(sled::Mode::LowSpace)
+                .open()
+                .map_err(opening)?;
+            self.claim(&db)?;
+            self.db = Some(db);
+        }
+        self.db.as_ref().ok_or_else(|| LedgerError::Io("the ledger is not open".to_owned()))
+    }
+
+    /// Check whose ledger this is, or make it ours.
+    fn claim(&self, db: &sled::Db) -> Result<(), LedgerError> {
+        let meta = db.open_tree(META_TREE).map_err(failed)?;
+        let text = |key: &str| -> Result<Option<String>, LedgerError> {
+            let value = meta.get(key).map_err(failed)?;
+            Ok(value.map(|v| String::from_utf8_lossy(&v).into_owned()))
+        };
+        match (text("schema")?, text("instance")?) {
+            (None, None) if db.is_empty() => {
+                let mut batch = sled::Batch::default();
+                batch.insert("schema", SCHEMA.to_string().as_bytes());
+                batch.insert("instance", self.instance.as_str().as_bytes());
+                meta.apply_batch(batch).map_err(failed)?;
+                meta.flush().map_err(failed)?;
+                Ok(())
+            }
+            (Some(schema), _) if schema != SCHEMA.to_string() => {
+                Err(LedgerError::Schema { found: schema, known: SCHEMA })
+            }
+            (Some(_), Some(instance)) if instance == self.instance.as_str() => Ok(()),
+            (Some(_), Some(instance)) => {
+                Err(LedgerError::Foreign { theirs: instance.into(), ours: self.instance.clone() })
+            }
+            _ => Err(LedgerError::Corrupt("it does not say whose it is".to_owned())),
+        }
+    }
+}
+
+impl Store for SledStore {
+    fn load(&mut self) -> Result<BTreeMap<String, Vec<u8>>, LedgerError> {
+        let mut records = BTreeMap::new();
+        for entry in self.db()?.iter() {
+            // A damaged tree yields errors for ever: the first one ends it.
+            let (key, value) = entry.map_err(failed)?;
+            let key = std::str::from_utf8(&key).map_err(|_| LedgerError::Corrupt("a key is not text".to_owned()))?;
+            records.insert(key.to_owned(), value.to_vec());
+        }
+        Ok(records)
+    }
+
+    fn commit(&mut self, writes: &[Write]) -> Result<(), LedgerError> {
+        let mut batch = sled::Batch::default();
+        for (key, value) in writes {
+            match value {
+                Some(value) => batch.insert(key.as_bytes(), value.as_slice()),
+                None => batch.remove(key.as_bytes()),
+            }
+        }
+        let db = self.db()?;
+        let done = db.apply_batch(batch).and_then(|()| db.flush().map(drop)).map_err(failed);
+        if done.is_err() {
+            self.db = None;
+        }
+        done
+    }
+}
+
+fn failed(error: sled::Error) -> LedgerError {
+    match error {
+        sled::Error::Corruption { .. } => LedgerError::Corrupt(error.to_string()),
+        other => LedgerError::Io(other.to_string()),
+    }
+}
+
+fn opening(error: sled::Error) -> LedgerError {
+    match error {
+        sled::Error::Io(e) if e.kind() == std::io::ErrorKind::WouldBlock => LedgerError::InUse(e.to_string()),
+        // What is there cannot be read as a database.
+        sled::Error::Unsupported(why) => LedgerError::Corrupt(why),
+        sled::Error::Io(e)
+            if matches!(e.kind(), std::io::ErrorKind::InvalidData | std::io::ErrorKind::UnexpectedEof) =>
+        {
+            LedgerError::Corrupt(e.to_string())
+        }
+        other => failed(other),
+    }
+}
+
+/// `ledger` becomes `ledger.corrupt-<seconds since the epoch>`.
+fn move_aside(folder: &Path) -> Result<PathBuf, LedgerError> {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let name = folder.file_name().map_or_else(|| "ledger".to_owned(), |n| n.to_string_lossy().into_owned());
+    let free = (0..1000u32).map(|n| {
+        let suffix = if n == 0 { String::new() } else { format!(".{n}") };
+        folder.with_file_name(format!("{name}.corrupt-{seconds}{suffix}"))
+    });
+    let target = free.into_iter().find(|p| !p.exists()).unwrap_or_else(|| folder.with_extension("corrupt"));
+    std::fs::rename(folder, &target)
+        .map_err(|e| LedgerError::Io(format!("cannot move the damaged ledger to {}: {e}", target.display())))?;
+    Ok(target)
+}
