@@ -6,6 +6,7 @@
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use futures::StreamExt;
 use futures::channel::mpsc::UnboundedReceiver;
@@ -249,6 +250,20 @@ impl Links {
         let result = self.handle.route().del(route(net, via)).execute().await.map_err(netlink(what));
         tolerate(result, &[libc::ESRCH, libc::ENODEV])
     }
+}
+
+/// Wait until a device has its carrier and its queues are in use; false when
+/// the time is over.
+pub async fn wait_running(ns: &Netns, name: &str, within: Duration) -> Result<bool, LinkError> {
+    let (_socket, mut events) = Links::watch(ns).await?;
+    let links = Links::open(ns).await?;
+    let until = tokio::time::Instant::now() + within;
+    while !links.find(name).await?.running {
+        if tokio::time::timeout_at(until, events.next()).await.is_err() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn route(net: IpNet, via: Via) -> RouteMessage {
