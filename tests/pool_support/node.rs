@@ -14,7 +14,6 @@ use fairway::cloud::*;
 use fairway::model::*;
 use fairway::netns::*;
 use fairway::pool::ledger::MemoryStore;
-use fairway::pool::step::FailPoint;
 use fairway::pool::{
     Allocate, Audit, AuditReport, BeginRelease, BoundPod, BoundPods, CloudPorts, Config, Confirm, Deps, FinishRelease,
     Leases, LedgerPlace, Lookup, NetnsPorts, Pool, PoolSnapshot,
@@ -229,7 +228,6 @@ impl Node {
     pub fn kill(&self) {
         self.life.fetch_add(1, Ordering::Relaxed);
         self.store.next_life();
-        self.store.stop_at(FailPoint::default());
     }
 
     pub fn attachment(n: u32) -> AttachmentId {
@@ -268,7 +266,8 @@ impl Node {
         drop(cloud);
         let user = (lease.attachment.clone(), lease.mode, lease.eni.mac);
         let before = self.kernel.lock().wired.insert(lease.v4, user.clone());
-        assert!(before.is_none_or(|b| b == user), "{} is given to {} twice", lease.v4, lease.attachment);
+        let same = before.as_ref().is_none_or(|b| *b == user);
+        assert!(same, "{} on {} is given to {}, and used by {before:?}", lease.v4, lease.eni.mac, lease.attachment);
         Ok(())
     }
 
