@@ -17,9 +17,10 @@ use std::time::{Duration, Instant};
 
 use fairway::cloud::InstanceLimits;
 use fairway::model::*;
+use fairway::pool::die;
 use fairway::pool::ledger::{Ledger, LedgerError, SledStore};
 use fairway::pool::state::{Meta, State, Time};
-use fairway::pool::step::{FailPoint, Step, die};
+use fairway::pool::step::{FailPoint, Step};
 use proptest::prelude::*;
 
 fn instance() -> InstanceId {

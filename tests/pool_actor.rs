@@ -273,6 +273,43 @@ fn the_snapshot_shows_enis_load_and_capacity() {
     });
 }
 
+#[test]
+fn on_a_real_ledger_leases_survive_a_restart_and_a_damaged_one_is_rebuilt() {
+    fairway::actor::run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut node = node(4, 10, config());
+        node.latency = Duration::from_millis(10);
+        node.folder = Some(dir.path().join("ledger"));
+        let agent = node.start().await;
+        let adds = (0..12).map(|n| node.add(&agent.pool, n, AttachMode::Veth, LONG));
+        let leases: Vec<Lease> = join_all(adds).await.into_iter().map(|r| r.unwrap()).collect();
+        let late = agent.tree.shutdown(Duration::from_secs(5)).await;
+        assert!(late.is_empty(), "{late:?}");
+
+        let agent = node.start().await;
+        for lease in &leases {
+            let lookup = Lookup { attachment: lease.attachment.clone() };
+            assert_eq!(agent.pool.ask(lookup, Deadline::after(LONG)).await.unwrap().as_ref(), Some(lease));
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(!node.snapshot().ledger.rebuilt());
+        agent.tree.shutdown(Duration::from_secs(5)).await;
+
+        // The file is overwritten.
+        let file = dir.path().join("ledger/db");
+        let length = std::fs::metadata(&file).unwrap().len();
+        std::fs::write(&file, vec![0xa5; length as usize]).unwrap();
+        node.bind_all_wired();
+        let agent = node.start().await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let snapshot = node.snapshot();
+        assert!(snapshot.ledger.rebuilt(), "{:?}", snapshot.ledger);
+        let held: BTreeSet<_> = node.leases(&agent.pool).await.into_iter().map(|l| l.v4).collect();
+        assert_eq!(held, leases.iter().map(|l| l.v4).collect(), "what pods use stays theirs");
+        agent.tree.shutdown(Duration::from_secs(5)).await;
+    });
+}
+
 /// Churn with every kind of trouble in it. Reaches all journalled steps.
 async fn script(node: Node, mut agent: Agent, seed: u64, mut died: impl AsyncFnMut(&Node, Agent) -> Agent) -> Agent {
     let mut rng = StdRng::seed_from_u64(seed);

@@ -35,6 +35,8 @@ pub struct Node {
     pub cloud: ModelCloud,
     pub kernel: Arc<Mutex<Kernel>>,
     pub store: MemoryStore,
+    /// A ledger on disk instead of the one in memory.
+    pub folder: Option<PathBuf>,
     pub config: Config,
     pub latency: Duration,
     pub bound: watch::Sender<BoundPods>,
@@ -60,6 +62,7 @@ impl Node {
             cloud,
             kernel: Arc::default(),
             store: MemoryStore::default(),
+            folder: None,
             config,
             latency: Duration::from_millis(800),
             bound: watch::Sender::new(Some(Arc::default())),
@@ -218,7 +221,10 @@ impl Node {
     pub fn start_now(&self) -> Agent {
         self.life.fetch_add(1, Ordering::Relaxed);
         let mut deps = self.deps();
-        deps.ledger = LedgerPlace::Memory(self.store.next_life());
+        deps.ledger = match &self.folder {
+            Some(folder) => LedgerPlace::Folder(folder.clone()),
+            None => LedgerPlace::Memory(self.store.next_life()),
+        };
         let mut tree = Tree::new(Registry::default(), Placement::Here, ChildPolicy::default());
         let pool = tree.child(move || Pool::start(deps.clone()));
         Agent { tree, pool }
