@@ -5,7 +5,7 @@ SHELL := /bin/sh
 # rustup's tools, also under sudo.
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH):/usr/sbin:/sbin
 # All comparisons, or one: make bench SUITE=cni
-SUITE ?=
+SUITE ?= cni network
 
 .PHONY: help setup demo test lint bench fuzz clean
 
@@ -41,7 +41,7 @@ lint:
 bench:
 	@scripts/setup.sh bench
 	cargo build --release --locked
-	@target/release/fairway bench $(if $(SUITE),--suite $(SUITE))
+	@for suite in $(SUITE); do target/release/fairway bench $$suite || exit 1; done
 
 fuzz:
 	@scripts/setup.sh build

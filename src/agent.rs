@@ -8,7 +8,7 @@
 //! restart invisible to pods.
 
 mod facts;
-mod programs;
+pub mod programs;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -16,7 +16,6 @@ mod entry;
 mod hook;
 mod pins;
 mod programs;
-mod wiring;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -34,7 +33,6 @@ pub use self::hook::Device;
 use self::hook::{Direction, Place, chain, has_tcx};
 use self::pins::{PinName, Pins, pin_of};
 use self::programs::{CounterMap, Loader, Programs};
-pub use self::wiring::PodDatapath;
 use crate::model::{AttachMode, AttachmentId};
 use crate::sys::bpf;
 

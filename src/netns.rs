@@ -10,6 +10,10 @@
 //! remembered between requests: names, hardware addresses and table numbers
 //! follow from the attachment and the ENI (`names`).
 //!
+//! Routes and rules of ours carry the protocol number 70. The node's network
+//! manager must leave them and our devices alone (systemd-networkd:
+//! `ManageForeignRoutes=no`, `ManageForeignRoutingPolicyRules=no`).
+//!
 //! A new mode (ipvlan, netkit) is a file with its `desired` beside `veth` and
 //! `exclusive`, and a [`LinkKind`](objects::LinkKind) for how its device is made.
 

@@ -1,4 +1,5 @@
 //! CniServer behind the real shim: conversations, faults, the socket.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "cni_support/shim.rs"]
 mod shim;
@@ -520,6 +521,10 @@ fn a_conversation_that_panics_fails_alone() {
     world.model.lock().panics.extend(["Wire", "Unwire"]);
     assert_eq!(world.call("ADD", "a").run().code(), 11);
     world.call("DEL", "b").run().ok();
+    // What was spooled is tried, panics too, and still nobody else notices.
+    let tried = || world.model.lock().log.iter().filter(|l| *l == "Unwire b").count();
+    until("the spooled release is tried again", || tried() >= 3);
+    assert_eq!(world.registry.snapshot().iter().map(|a| a.restarts).sum::<u64>(), 0);
     world.model.lock().panics.clear();
     world.call("ADD", "a").run().ok();
     until("what was spooled is done", || world.holders() == ["a"]);

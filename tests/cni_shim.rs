@@ -1,5 +1,6 @@
 //! The shim alone: what it answers without an agent, how fast, and that it
 //! never loses a release.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "cni_support/shim.rs"]
 mod shim;

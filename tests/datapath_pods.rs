@@ -14,7 +14,8 @@ use std::process::{Child, Command, Stdio};
 
 use aya::maps::MapInfo;
 use aya::programs::{SchedClassifier, TcAttachType};
-use fairway::datapath::{Adoption, Counters, Datapath, DatapathError, Device, Options, PodDatapath, Via};
+use fairway::agent::programs::Programs;
+use fairway::datapath::{Adoption, Counters, Datapath, DatapathError, Device, Options, Via};
 use fairway::model::{AttachMode, AttachmentId, Bandwidth, EniRef, Lease, Mac, PodKey, Subnet};
 use fairway::netns::{Attachment, PodPrograms as _};
 use nix::mount::{MsFlags, mount};
@@ -581,7 +582,7 @@ fn index(device: &str) -> u32 {
 #[test]
 fn wiring_threads_attach_in_parallel_and_verify_what_they_attached() {
     let Some(node) = Node::new("wiring_threads_attach_in_parallel_and_verify_what_they_attached") else { return };
-    let programs = PodDatapath::new(node.open().0);
+    let programs = Programs::new(node.open().0);
     let names: Vec<_> = (0..8).map(|i| format!("h{i}")).collect();
     let pods: Vec<_> = names.iter().map(|name| veth_pod(name)).collect();
     std::thread::scope(|scope| {
@@ -611,7 +612,7 @@ fn an_exclusive_enis_programs_are_verified_where_it_is() {
     if !datapath.moves_with_device() {
         return skipped(test, "tcx (kernel 6.6)");
     }
-    let programs = PodDatapath::new(datapath);
+    let programs = Programs::new(datapath);
     ip("link add eni1 type veth peer name port");
     let pod = Netns::new();
     let lease = lease("x", AttachMode::Exclusive, &pod.path());

@@ -1,4 +1,5 @@
 //! The lab's kubelet calls plugins as kubelet with containerd does.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod lab_kubelet_support;
 mod lab_vpc_support;
@@ -256,7 +257,9 @@ async fn readiness_and_grace_are_honoured() {
     rig.kubelet.set_ready("default", "web-0", Some(true)).unwrap();
     rig.api.until("ready by request", |api| api.last("u1").filter(is_ready)).await;
     rig.kubelet.kill_containers("default", "web-0").await.unwrap();
-    assert_eq!(rig.api.last("u1").map(|s| s.container_statuses.unwrap()[0].restart_count), Some(1));
+    let restarted =
+        |s: &k8s_openapi::api::core::v1::PodStatus| s.container_statuses.as_ref().unwrap()[0].restart_count == 1;
+    rig.api.until("the restart is counted", |api| api.last("u1").filter(restarted)).await;
 
     // It serves on through its preStop, then ends.
     let begin = std::time::Instant::now();
@@ -268,9 +271,10 @@ async fn readiness_and_grace_are_honoured() {
     assert!(Ask::new(to).tcp(rig.node.ns()).await.is_err());
     assert_eq!(rig.api.last("u1").unwrap().phase.as_deref(), Some("Succeeded"));
     assert_eq!(
-        rig.kubelet.kill_containers("default", "web-0").await,
-        Err(RequestError::NoPod("default".into(), "web-0".into()))
+        rig.kubelet.kill_containers("default", "web-9").await,
+        Err(RequestError::NoPod("default".into(), "web-9".into()))
     );
+    assert!(rig.kubelet.kill_containers("default", "web-0").await.is_err());
 }
 
 #[tokio::test]
@@ -307,4 +311,40 @@ async fn the_reference_plugins_wire_a_pod() {
     let calls: Vec<String> = record.calls.iter().map(|c| format!("{} {}", c.plugin, c.verb)).collect();
     assert_eq!(calls, ["ptp ADD", "tuning ADD", "tuning DEL", "ptp DEL"]);
     assert!(record.ended && record.phases.add.is_some() && record.phases.ready.is_some());
+}
+
+#[tokio::test]
+async fn two_hundred_pods_answer_without_a_thread_each() {
+    const NAME: &str = "two_hundred_pods_answer_without_a_thread_each";
+    if let Some(missing) = missing() {
+        return skip(NAME, missing);
+    }
+    let loopback = Path::new("/usr/lib/cni/loopback");
+    if !loopback.exists() {
+        return skip(NAME, "reference plugins (apt-get install containernetworking-plugins)");
+    }
+    let id = lab_id('x');
+    let _cleanup = Cleanup(id.clone());
+    let conf = json!({"cniVersion": "1.0.0", "name": "many", "plugins": [{"type": "loopback"}]});
+    let rig = Rig::start(&id, Some(conf), &[]).await;
+    rig.node.install_plugin("loopback", loopback).unwrap();
+    let begin = std::time::Instant::now();
+    for i in 0..200 {
+        rig.apply(pod(&format!("p{i}"), &format!("u{i}")));
+    }
+    for i in 0..200 {
+        rig.api.running(&format!("u{i}")).await;
+    }
+    let started = begin.elapsed();
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().count();
+    assert!(threads < 32, "{threads} threads");
+    for i in (0..200).step_by(7) {
+        let ns = Netns::open(&rig.record(&format!("p{i}")).netns.unwrap()).unwrap();
+        let answer = Ask::new("127.0.0.1:8080".parse().unwrap()).tcp(&ns).await.unwrap();
+        assert_eq!(answer.text, format!("p{i}"));
+    }
+    let begin = std::time::Instant::now();
+    rig.kubelet.teardown().await;
+    println!("200 pods started in {started:?}, ended in {:?}, {threads} threads", begin.elapsed());
+    assert_eq!(std::fs::read_dir(&rig.node.dirs().sandboxes).unwrap().count(), 0);
 }

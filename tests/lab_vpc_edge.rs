@@ -1,4 +1,5 @@
 //! The VPC's other inhabitants: VM, NAT gateway, load balancer.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod lab_vpc_support;
 

@@ -1,4 +1,5 @@
 //! A node has what an agent needs, and leaves nothing behind.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod lab_vpc_support;
 

@@ -1,4 +1,5 @@
 //! The VPC's router forwards what the API assigned, and nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod lab_vpc_support;
 
@@ -182,4 +183,52 @@ async fn nothing_is_left_after_down_and_after_drop() {
     drop(a);
     assert_eq!(fairway::lab::vpc::ns::list(&prefix).unwrap(), Vec::<std::path::PathBuf>::new());
     assert!(Netns::named(&cleanup.0.name("vpc")).is_err());
+}
+
+#[tokio::test]
+async fn services_in_the_router_are_reached_and_jumbo_frames_pass() {
+    needs_kernel!("services_in_the_router_are_reached_and_jumbo_frames_pass");
+    let id = lab_id('z');
+    let _cleanup = Cleanup(id.clone());
+    let mut config = fairway::lab::vpc::VpcConfig::new(id);
+    config.mtu = 8500;
+    let vpc = fairway::lab::vpc::Vpc::up(config).await.unwrap();
+    let a = machine(&vpc, "a", eni("eni-a", "i-a", 1, &["10.9.0.1"])).await;
+    let b = machine(&vpc, "b", eni("eni-b", "i-b", 2, &["10.9.0.2"])).await;
+    let metadata = ip("100.100.100.200");
+    vpc.add_service_address(metadata).await.unwrap();
+    vpc.add_service_address(metadata).await.unwrap();
+    let listener = vpc.listen_tcp(SocketAddr::new(metadata, 80)).unwrap();
+    let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+    let serve = tokio::spawn(async move {
+        use tokio::io::AsyncWriteExt;
+        let (mut stream, peer) = listener.accept().await.unwrap();
+        stream.write_all(format!("hello {}\n", peer.ip()).as_bytes()).await.unwrap();
+    });
+    assert_eq!(Ask::new(SocketAddr::new(metadata, 80)).tcp(&a).await.unwrap().text, "hello 10.9.0.1");
+    serve.await.unwrap();
+    // 8472 and 28 bytes of headers fill a frame; it must not be cut.
+    let (from, to) = (at("10.9.0.1:0"), at("10.9.0.2:9"));
+    let sink = b.run(|| std::net::UdpSocket::bind(to).unwrap()).unwrap();
+    sink.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    a.run(|| std::net::UdpSocket::bind(from).unwrap().send_to(&[7; 8472], to).unwrap()).unwrap();
+    let mut buffer = vec![0; 9000];
+    assert_eq!(sink.recv(&mut buffer).unwrap(), 8472);
+}
+
+#[tokio::test]
+async fn the_cloud_registers_and_forgets_instances_by_namespace() {
+    needs_kernel!("the_cloud_registers_and_forgets_instances_by_namespace");
+    let (_cleanup, vpc) = vpc('0').await;
+    let ns = OwnedNetns::create(&vpc.id().name("a")).unwrap();
+    let place =
+        |netns: &str| fairway::lab::fabric::InstancePlace { instance_id: "i-a".into(), netns: Some(netns.to_owned()) };
+    assert!(vpc.instance_added(place("fwl-none-none")).await.is_err());
+    vpc.instance_added(place(ns.name())).await.unwrap();
+    vpc.attach(eni("eni-a", "i-a", 1, &["10.9.0.1"])).await.unwrap();
+    let links = Links::open(&ns).await.unwrap();
+    links.find("eth0").await.unwrap();
+    vpc.instance_removed("i-a").await.unwrap();
+    assert!(links.find("eth0").await.is_err());
+    assert!(vpc.attach(eni("eni-a", "i-a", 1, &[])).await.is_err());
 }

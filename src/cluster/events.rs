@@ -39,6 +39,8 @@ struct Waiting {
     last: Timestamp,
     count: u64,
     name: String,
+    /// Its delivery has been handed out: it is neither counted up nor pushed out.
+    under_way: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -73,7 +75,7 @@ impl Events {
     pub fn new(node: impl Into<String>, capacity: usize) -> Self {
         Self {
             node: node.into(),
-            capacity: capacity.max(1),
+            capacity: capacity.max(2),
             waiting: VecDeque::new(),
             told: HashMap::new(),
             stats: EventStats::default(),
@@ -88,24 +90,26 @@ impl Events {
 
     pub fn push(&mut self, mut event: RecordEvent, now: Timestamp) {
         event.note = cut(&event.note, NOTE);
-        if let Some(same) = self.waiting.iter_mut().find(|w| w.event == event) {
+        if let Some(same) = self.waiting.iter_mut().find(|w| !w.under_way && w.event == event) {
             same.count += 1;
             same.last = now;
             return;
         }
         if self.waiting.len() >= self.capacity {
-            self.waiting.pop_front();
+            let oldest = usize::from(self.waiting.front().is_some_and(|w| w.under_way));
+            self.waiting.remove(oldest);
             self.stats.dropped += 1;
             self.unreported += 1;
         }
         self.serial += 1;
         let name = event_name(&event.about, &self.node, now, self.serial);
-        self.waiting.push_back(Waiting { event, first: now, last: now, count: 1, name });
+        self.waiting.push_back(Waiting { event, first: now, last: now, count: 1, name, under_way: false });
     }
 
     /// The next delivery. Asked again before its outcome is known, it is the
     /// same one: an event has its name from the start.
-    pub fn next(&self, now: Timestamp, node_uid: &str) -> Option<Delivery> {
+    pub fn next(&mut self, now: Timestamp, node_uid: &str) -> Option<Delivery> {
+        self.waiting.front_mut()?.under_way = true;
         let w = self.waiting.front()?;
         let namespace = namespace(&w.event.about);
         let told = self.told.get(&w.event).filter(|t| now.duration_since(t.last) < SERIES);
@@ -279,6 +283,19 @@ mod tests {
         }
         assert!(notes[0].contains("10.0.0.6") && notes[3].contains("10.0.0.9"), "{notes:?}");
         assert_eq!(notes.iter().filter(|n| n.starts_with("6 events were lost")).count(), 1);
+    }
+
+    #[test]
+    fn what_comes_while_a_delivery_is_under_way_is_not_mistaken_for_delivered() {
+        let mut events = Events::new("n1", 2);
+        events.push(event(1), at(0));
+        let first = events.next(at(0), "");
+        events.push(event(1), at(1));
+        events.push(event(2), at(2));
+        assert_eq!(events.next(at(2), ""), first, "the one under way was not pushed out");
+        events.delivered(at(3));
+        let Some(Delivery::Create { body, .. }) = events.next(at(3), "") else { panic!() };
+        assert_eq!(body["regarding"]["name"], "web-2");
     }
 
     #[test]

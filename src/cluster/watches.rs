@@ -4,6 +4,7 @@
 //! mend and after 410 Gone, and waits longer and longer while the API is away.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{Stream, StreamExt as _};
 use k8s_openapi::api::core::v1::{Node, Pod};
@@ -19,18 +20,32 @@ use crate::model::PodKey;
 
 type Item<K> = watcher::Result<Event<DeserializeGuard<K>>>;
 
+/// Between lists, should a server forget faster than we read.
+const NEW_LIST_PAUSE: Duration = Duration::from_secs(1);
+
 fn watch_config(config: &Config, field: &str) -> watcher::Config {
     let selected = watcher::Config::default().fields(field);
     if config.streaming_lists { selected.streaming_lists() } else { selected }
 }
 
+/// kube's watcher, begun anew when the server answers 410 Gone to the request
+/// itself: it starts over by itself only when the stream says so.
 fn stream<K>(api: Api<DeserializeGuard<K>>, config: watcher::Config) -> impl Stream<Item = Item<K>>
 where
     DeserializeGuard<K>:
         kube::Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send,
     K: 'static,
 {
-    watcher(api, config).default_backoff()
+    let begin = move || watcher(api.clone(), config.clone()).default_backoff().boxed();
+    futures::stream::unfold((begin(), begin, false), |(mut events, begin, gone)| async move {
+        if gone {
+            tokio::time::sleep(NEW_LIST_PAUSE).await;
+            events = begin();
+        }
+        let item = events.next().await?;
+        let gone = matches!(&item, Err(watcher::Error::WatchStartFailed(kube::Error::Api(s))) if s.code == 410);
+        Some((item, (events, begin, gone)))
+    })
 }
 
 /// Runs as long as the actor.

@@ -14,6 +14,7 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::net::unix::pipe;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::conversation::Desk;
 use super::errors::Unreleased;
@@ -116,7 +117,7 @@ async fn look(desk: &Arc<Desk>) -> io::Result<Left> {
     desk.spool.call(|dir| std::fs::metadata(dir).and_then(|_| spool::sweep(dir, DRAFT_AGE))).await?;
     let waiting = desk.spool.waiting().await?;
     let mut left = Left::default();
-    let mut work = futures::stream::iter(waiting).map(|id| one(desk.clone(), id)).buffer_unordered(PARALLEL);
+    let mut work = futures::stream::iter(waiting).map(|id| apart(desk.clone(), id)).buffer_unordered(PARALLEL);
     while let Some((id, result)) = work.next().await {
         if let Err(e) = result {
             tracing::warn!(attachment = %id, error = %e, "A spooled release will be tried again");
@@ -127,15 +128,25 @@ async fn look(desk: &Arc<Desk>) -> io::Result<Left> {
     Ok(left)
 }
 
-async fn one(desk: Arc<Desk>, id: AttachmentId) -> (AttachmentId, Result<(), Unreleased>) {
+/// As a task of its own: a release that panics must not take the server along,
+/// again and again.
+async fn apart(desk: Arc<Desk>, id: AttachmentId) -> (AttachmentId, Result<(), Unreleased>) {
+    let task = AbortOnDropHandle::new(tokio::spawn(one(desk, id.clone())));
+    let done = task.await.unwrap_or_else(|e| {
+        let error = CniError::new(code::TRY_AGAIN, format!("the release failed: {e}"));
+        Err(Unreleased { error, actor_away: false })
+    });
+    (id, done)
+}
+
+async fn one(desk: Arc<Desk>, id: AttachmentId) -> Result<(), Unreleased> {
     let deadline = Deadline::after(ONE_RELEASE);
     let Some(_turn) = desk.turns.take(&id, deadline).await else {
         let error = CniError::new(code::TRY_AGAIN, "another call for it is at work");
-        return (id, Err(Unreleased { error, actor_away: false }));
+        return Err(Unreleased { error, actor_away: false });
     };
     let span = tracing::info_span!("cni", command = "DEL", container = %id.sandbox, pod = "", spooled = true);
-    let done = tracing::Instrument::instrument(desk.finish_spooled(&id, deadline), span).await;
-    (id, done)
+    tracing::Instrument::instrument(desk.finish_spooled(&id, deadline), span).await
 }
 
 /// The kernel's word that a file has appeared, or that the folder is gone.

@@ -49,12 +49,7 @@ pub struct Known<'a> {
 
 pub fn decide(known: &Known<'_>) -> Result<Wishes, CniError> {
     let said = |key: &str| known.annotations.and_then(|a| a.get(key)).map(|v| v.trim()).filter(|v| !v.is_empty());
-    let label = || known.node_labels.and_then(|l| l.get(ENI)).map(|v| v.trim()).filter(|v| !v.is_empty());
-    let mode = match (said(ENI), label()) {
-        (Some(value), _) => mode("annotation", value)?,
-        (None, Some(value)) => mode("node label", value)?,
-        (None, None) => known.default_mode,
-    };
+    let mode = mode(known.annotations, known.node_labels, known.default_mode)?;
     let bandwidth = match known.runtime_bandwidth {
         Some(value) => runtime_bandwidth(value)?,
         None => Bandwidth {
@@ -73,8 +68,22 @@ fn refuse(what: &str, value: &str, want: &str) -> CniError {
     CniError::new(code::INVALID_CONFIG, format!("{what} is {:?}", clip(value))).remedy(format!("it must be {want}"))
 }
 
-fn mode(kind: &str, value: &str) -> Result<AttachMode, CniError> {
-    match value {
+/// How a pod is attached: its own word, else its node's, else the default. Also
+/// for those who expect a pod before its ADD.
+pub fn mode(
+    annotations: Option<&BTreeMap<String, String>>,
+    node_labels: Option<&BTreeMap<String, String>>,
+    default: AttachMode,
+) -> Result<AttachMode, CniError> {
+    let says = |map: Option<&BTreeMap<String, String>>| {
+        map.and_then(|m| m.get(ENI)).map(|v| v.trim().to_owned()).filter(|v| !v.is_empty())
+    };
+    let (kind, value) = match (says(annotations), says(node_labels)) {
+        (Some(value), _) => ("annotation", value),
+        (None, Some(value)) => ("node label", value),
+        (None, None) => return Ok(default),
+    };
+    match value.as_str() {
         "exclusive" => Ok(AttachMode::Exclusive),
         "shared" => Ok(AttachMode::Veth),
         other => Err(refuse(&format!("{kind} {ENI}"), other, "exclusive or shared")),

@@ -50,20 +50,19 @@ pub async fn run(id: LabId, nodes: usize, latency_scale: f64, json: bool) -> any
 }
 
 async fn show(site: &Site, progress: &Progress, json: bool) -> anyhow::Result<bool> {
-    let since = site.cloud.now_ms();
     progress.say(&format!("applying the demo's manifest: {PODS} pods, one of them with an ENI of its own"));
     let skipped = super::cli::apply(site, MANIFEST.as_bytes())?;
     wait_pods(site, PODS, Duration::from_secs(120)).await?;
     progress.say("every pod is ready; asking every pod from every pod");
-    let mut before = gather(site, since).await?;
+    let mut before = gather(site, 0).await?;
     before.skipped = skipped;
 
     let victim = &site.nodes[0];
-    progress.say(&format!("kill -9 of the agent on {}, while a connection on it counts", victim.name));
+    progress.say(&format!("kill -9 of the agent on {}, while its pods are being asked", victim.name));
     let kept = survive(site, &before).await;
     site.wait_ready(Duration::from_secs(30)).await?;
     progress.say("the agent is back; comparing ledger, cloud, kernel and cluster");
-    let after = gather(site, since).await?;
+    let after = gather(site, 0).await?;
     let mut audits = Vec::new();
     for (node, view) in super::site::agent_views(site, "/debug/audit").await {
         let audit: AuditReport = serde_json::from_value(view).context("the audit's answer")?;
@@ -79,8 +78,8 @@ async fn show(site: &Site, progress: &Progress, json: bool) -> anyhow::Result<bo
     println!("\n{}", report::text(&before));
     println!("kill -9 of the agent on {}:", victim.name);
     match &kept {
-        Ok(lost) => println!("  an open connection through it: {lost}"),
-        Err(e) => println!("  an open connection through it: FAILED: {e}"),
+        Ok(lost) => println!("  traffic through the node: {lost}"),
+        Err(e) => println!("  traffic through the node: FAILED: {e}"),
     }
     match changed.as_slice() {
         [] => println!("  pods, addresses and ENIs: nothing changed"),
@@ -127,7 +126,7 @@ async fn survive(site: &Site, report: &Report) -> anyhow::Result<String> {
     let ((asked, lost), killed) = tokio::join!(asking, killing);
     anyhow::ensure!(killed.is_some(), "there was no agent to kill");
     anyhow::ensure!(lost == 0, "{lost} of {asked} requests got no answer");
-    Ok(format!("{asked} requests asked meanwhile, none lost"))
+    Ok(format!("{asked} connections made meanwhile, none refused or lost"))
 }
 
 /// What is not as it was, in words.

@@ -163,7 +163,7 @@ impl KubeLab {
         if name.is_empty() {
             return self.registry().create(&ctx, kind, &namespace, object);
         }
-        self.registry().patch(&ctx, kind, &namespace, &name, Sub::Main, PatchKind::Apply(true), &object)
+        self.registry().patch(&ctx, kind, (&namespace, &name), Sub::Main, PatchKind::Apply(true), &object)
     }
 
     pub fn get(&self, kind: &str, namespace: &str, name: &str) -> Option<Arc<Value>> {

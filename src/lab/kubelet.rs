@@ -24,6 +24,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::lab::node::NodeDirs;
@@ -107,11 +108,16 @@ struct Context {
     records: Mutex<BTreeMap<PodRef, PodRecord>>,
     live: Live,
     late: TaskTracker,
+    crashed: CancellationToken,
 }
 
 impl Context {
     fn del_later(self: &Arc<Self>, key: PodRef, sandbox: Sandbox, after: Duration) {
-        self.late.spawn(pod::disconnect(Arc::clone(self), key, sandbox, after));
+        let context = Arc::clone(self);
+        self.late.spawn(async move {
+            let crashed = context.crashed.clone();
+            crashed.run_until_cancelled(pod::disconnect(context, key, sandbox, after)).await
+        });
     }
 
     /// Until the API takes it, or says that it is moot.
@@ -159,6 +165,7 @@ impl Kubelet {
             records: Mutex::default(),
             live: Live::default(),
             late: TaskTracker::new(),
+            crashed: CancellationToken::new(),
         });
         let pods = Arc::<Mutex<Pods>>::default();
         let (teardown, torn_down) = oneshot::channel();
@@ -253,6 +260,7 @@ impl Kubelet {
 
 impl Drop for Kubelet {
     fn drop(&mut self) {
+        self.context.crashed.cancel();
         self.main.abort();
         self.network.abort();
     }
@@ -274,8 +282,9 @@ async fn run(
                 None => watching = false,
             },
             Some(done) = tasks.join_next() => {
-                if let Ok(key) = done {
-                    pods.lock().remove(&key);
+                match done {
+                    Ok(key) => drop(pods.lock().remove(&key)),
+                    Err(e) => tracing::error!(target: "lab", "a pod's task ended: {e}"),
                 }
             }
             told = &mut teardown => {

@@ -50,6 +50,9 @@ use ns::{Netns, NsError, OwnedNetns};
 const NEXT_HOP4: IpAddr = IpAddr::V4(Ipv4Addr::new(169, 254, 1, 1));
 const NEXT_HOP6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 1, 1));
 
+/// Interface indices of the router's ports: above those of any node.
+const FIRST_INDEX: u32 = 100_000;
+
 #[derive(Debug, thiserror::Error)]
 pub enum VpcError {
     #[error(transparent)]
@@ -329,12 +332,12 @@ impl Inner {
         let instance =
             state.instances.get(&eni.instance_id).ok_or(FabricError::UnknownInstance(eni.instance_id.clone()))?;
         let name = format!("{}{}", nft::PORT_PREFIX, state.next_port);
+        let index = FIRST_INDEX + state.next_port;
         state.next_port += 1;
         let queues = eni.queues.clamp(1, 64);
-        let near = VethEnd { name: &name, mac: None, mtu: self.config.mtu, queues };
-        let far = VethEnd { name: "eth%d", mac: Some(eni.mac), mtu: self.config.mtu, queues };
+        let near = VethEnd { name: &name, index, mac: None, mtu: self.config.mtu, queues };
+        let far = VethEnd { name: "eth%d", index: 0, mac: Some(eni.mac), mtu: self.config.mtu, queues };
         self.links.add_veth(&near, &far, instance).await?;
-        let index = self.links.find(&name).await?.index;
         let mut port = Port { eni, index, routed: BTreeSet::new() };
         match self.configure(&name, &mut port).await {
             Ok(()) => Ok(port),

@@ -123,7 +123,7 @@ impl Desk {
             if errors.iter().any(|e| e.errno == libc::EEXIST && e.what.starts_with("create link")) {
                 causes.push(format!("is there another {} in the pod?", lease.attachment.ifname));
             }
-            if let Err(e) = self.undo(lease) {
+            if let Err(e) = self.undo(lease, false) {
                 causes.push(format!("and undoing it failed: {e}"));
             }
             let gone = matches!(Netns::open(&lease.netns), Err(NetnsError::Gone(_)));
@@ -144,14 +144,15 @@ impl Desk {
         })
     }
 
-    pub(super) fn unwire(&mut self, lease: &Lease) -> Result<Returned, WireError> {
+    /// `reused`: the ENI serves others by now and is not this pod's any more.
+    pub(super) fn unwire(&mut self, lease: &Lease, reused: bool) -> Result<Returned, WireError> {
         let shared = self.shared.clone();
         let _held = shared.locks.hold(lease.attachment.to_string());
-        self.undo(lease)
+        self.undo(lease, reused)
     }
 
     /// Remove everything of the attachment; goes on after errors and reports all.
-    fn undo(&mut self, lease: &Lease) -> Result<Returned, WireError> {
+    fn undo(&mut self, lease: &Lease, reused: bool) -> Result<Returned, WireError> {
         let shared = self.shared.clone();
         let names = link_names(&shared.config.link_prefix, &lease.attachment);
         let mut causes = Vec::new();
@@ -179,7 +180,7 @@ impl Desk {
             },
         }
         let mut returned = Returned::Yes;
-        if lease.mode == AttachMode::Exclusive {
+        if lease.mode == AttachMode::Exclusive && !reused {
             match self.normalise(lease.eni.mac) {
                 Ok(found) => returned = if found { Returned::Yes } else { Returned::NotYet },
                 Err(e) => causes.push(e.to_string()),
@@ -410,7 +411,7 @@ fn attachment<'a>(lease: &'a Lease, devices: &'a Devices) -> Attachment<'a> {
         lease,
         host_ifname: devices.name(Dev::HostLink),
         host_ifindex: devices.index(Dev::HostLink),
-        eni_ifindex: index(Dev::Eni),
+        eni_ifindex: index(Dev::Eni).filter(|_| lease.mode == AttachMode::Exclusive),
     }
 }
 

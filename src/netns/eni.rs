@@ -45,7 +45,7 @@ impl Desk {
     pub(super) fn forget(&mut self, eni: &EniRef) -> Result<(), WireError> {
         let shared = self.shared.clone();
         let _held = shared.locks.hold(format!("eni {}", eni.id));
-        let table = eni_table(shared.config.table_base, eni);
+        let table = eni_table(shared.config.table_base, eni.primary4);
         let mut causes: Vec<String> = Vec::new();
         let device = match self.find_eni(eni.mac) {
             Ok(device) => device,
@@ -170,7 +170,7 @@ impl Desk {
                 state.insert(key, Value::Address);
             }
         }
-        let table = eni_table(self.shared.config.table_base, eni);
+        let table = eni_table(self.shared.config.table_base, eni.primary4);
         for p in read::routes(&mut self.nl, table, None)?.into_iter().filter(|p| p.ours) {
             let dev = devices.role(Side::Node, p.index).unwrap_or(Dev::HostLink);
             let value = Value::Route { dev, via: p.via, source: p.source };

@@ -4,9 +4,11 @@
 //! the same ENI get the same names again, so what is in the kernel can be told
 //! to be ours, and whose, without a record.
 
+use std::net::Ipv4Addr;
+
 use sha2::{Digest as _, Sha256};
 
-use crate::model::{AttachmentId, EniRef, Mac};
+use crate::model::{AttachmentId, Mac};
 
 /// Longest name of a network device.
 pub const IFNAMSIZ: usize = 15;
@@ -67,8 +69,8 @@ pub fn eni_home_name(mac: Mac) -> String {
 /// the number survives reboots and is never passed on to another ENI, as an
 /// interface index would be; two ENIs can never share a table, as they could by
 /// a hash. `ip rule` shows it as a decimal.
-pub fn eni_table(base: u32, eni: &EniRef) -> u32 {
-    match base.wrapping_add(u32::from(eni.primary4)) {
+pub fn eni_table(base: u32, primary: Ipv4Addr) -> u32 {
+    match base.wrapping_add(u32::from(primary)) {
         // 0 and 252..=255 are the kernel's own tables.
         t @ (0 | 252..=255) => t.wrapping_add(0x8000_0000),
         t => t,

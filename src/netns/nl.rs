@@ -1,8 +1,9 @@
 //! A synchronous rtnetlink socket that takes many requests in one system call.
 //!
 //! Purpose: the hot path of wiring. The kernel works through a datagram of
-//! requests in order, inside `sendto`, and goes on after one that failed; the
-//! answers are then waiting, one acknowledgement per request.
+//! requests in order, inside `sendto`, and goes on after one that failed. Only
+//! the last is asked to be acknowledged: errors come unasked, and what was not
+//! an error by then was done.
 //! Owner: one wiring thread, or one job for a pod's namespace. A socket stays in
 //! the namespace it was opened in, whatever its thread does later.
 
@@ -49,9 +50,9 @@ pub(super) struct Nl {
     buffer: Vec<u8>,
 }
 
-/// Larger than any datagram the kernel sends here.
-const RECEIVE: usize = 128 * 1024;
-/// Keeps the acknowledgements of one batch well inside the receive buffer.
+/// As large as the parts in which the kernel sends lists.
+const RECEIVE: usize = 32 * 1024;
+/// Keeps the answers to one batch well inside the socket's receive buffer.
 const BATCH: usize = 48;
 
 impl Nl {
@@ -95,24 +96,27 @@ impl Nl {
         let first = self.sequence.wrapping_add(1);
         let mut bytes = Vec::with_capacity(requests.len() * 128);
         let mut waiting: Vec<Waiting> = Vec::with_capacity(requests.len());
-        for request in requests {
+        let last = requests.len().saturating_sub(1);
+        for (n, request) in requests.into_iter().enumerate() {
             self.sequence = self.sequence.wrapping_add(1);
             let mut header = NetlinkHeader::default();
             header.sequence_number = self.sequence;
             let mut message = NetlinkMessage::new(header, NetlinkPayload::from(request.message));
-            message.header.flags = NLM_F_REQUEST | NLM_F_ACK | request.flags;
+            message.header.flags = NLM_F_REQUEST | request.flags | if n == last { NLM_F_ACK } else { 0 };
             message.finalize();
             let at = bytes.len();
             bytes.resize(at + message.buffer_len().next_multiple_of(4), 0);
             message.serialize(&mut bytes[at..]);
             waiting.push(Waiting { what: request.what, fine: request.fine, got: Vec::new(), result: None });
         }
+        if bytes.is_empty() {
+            return Ok(Vec::new());
+        }
         self.socket.send(&bytes, 0).map_err(|e| NlError::io("netlink send", &e))?;
-        let mut open = waiting.len();
-        while open > 0 {
+        while waiting.last().is_some_and(|w| w.result.is_none()) {
             // Not blocking for long: the kernel has answered inside `send`.
             let len = self.socket.recv(&mut &mut self.buffer[..], 0).map_err(|e| NlError::io("netlink receive", &e))?;
-            open -= sort(&self.buffer[..len], first, &mut waiting);
+            sort(&self.buffer[..len], first, &mut waiting);
         }
         Ok(waiting.into_iter().map(|w| w.result.unwrap_or(Ok(())).map(|()| w.got)).collect())
     }
@@ -125,9 +129,8 @@ struct Waiting {
     result: Option<Result<(), NlError>>,
 }
 
-/// Sort one datagram's messages to their requests; how many were finished.
-fn sort(mut datagram: &[u8], first: u32, waiting: &mut [Waiting]) -> usize {
-    let mut finished = 0;
+/// Sort one datagram's messages to their requests.
+fn sort(mut datagram: &[u8], first: u32, waiting: &mut [Waiting]) {
     while datagram.len() >= 16 {
         let len = u32::from_ne_bytes([datagram[0], datagram[1], datagram[2], datagram[3]]) as usize;
         if len < 16 || len > datagram.len() {
@@ -140,21 +143,20 @@ fn sort(mut datagram: &[u8], first: u32, waiting: &mut [Waiting]) -> usize {
         let Some(to) = waiting.get_mut(sequence.wrapping_sub(first) as usize) else { continue };
         match NetlinkMessage::<RouteNetlinkMessage>::deserialize(message).map(|m| m.payload) {
             Ok(NetlinkPayload::InnerMessage(inner)) => to.got.push(inner),
-            Ok(NetlinkPayload::Error(e)) => finished += to.finish(e.raw_code(), &e.header),
-            Ok(NetlinkPayload::Done(done)) => finished += to.finish(done.code, &[]),
+            Ok(NetlinkPayload::Error(e)) => to.finish(e.raw_code(), &e.header),
+            Ok(NetlinkPayload::Done(done)) => to.finish(done.code, &[]),
             Ok(_) => {}
             // A device of somebody else with an attribute the parser does not
             // know must not stop the list.
             Err(error) => tracing::debug!(%error, what = to.what, "Skipped a netlink message"),
         }
     }
-    finished
 }
 
 impl Waiting {
-    fn finish(&mut self, code: i32, rest: &[u8]) -> usize {
+    fn finish(&mut self, code: i32, rest: &[u8]) {
         if self.result.is_some() {
-            return 0;
+            return;
         }
         let errno = code.abs();
         self.result = Some(if errno == 0 || self.fine.contains(&errno) {
@@ -166,7 +168,6 @@ impl Waiting {
             }
             Err(NlError { what: std::mem::take(&mut self.what), errno, cause })
         });
-        1
     }
 }
 

@@ -53,7 +53,7 @@ pub fn desired(config: &Config, lease: &Lease, facts: &Facts) -> State {
 /// `primary` is the node's own network device: its addresses and its router
 /// advertisements belong to the node's OS.
 pub fn desired_eni(config: &Config, eni: &EniRef, primary: bool, dual: bool) -> State {
-    let table = names::eni_table(config.table_base, eni);
+    let table = names::eni_table(config.table_base, eni.primary4);
     let mut state = State::new();
     let link = Link { kind: LinkKind::Given, mac: None, mtu: config.mtu, up: true };
     state.insert(Key::Link(Dev::Eni), Value::Link(link));
@@ -78,7 +78,7 @@ pub fn desired_eni(config: &Config, eni: &EniRef, primary: bool, dual: bool) -> 
 
 /// The default routes of an ENI's own table.
 pub(super) fn eni_routes(state: &mut State, config: &Config, eni: &EniRef, dual: bool) {
-    let table = names::eni_table(config.table_base, eni);
+    let table = names::eni_table(config.table_base, eni.primary4);
     let mut default = |gateway: IpAddr| {
         let value = Value::Route { dev: Dev::Eni, via: Some(gateway), source: None };
         state.insert(Key::Route(Side::Node, table, everywhere(gateway)), value);

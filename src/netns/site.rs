@@ -334,8 +334,8 @@ fn no_namespace() -> NlError {
 
 fn write_setting(path: &str, value: u32, setting: super::objects::Setting) -> Result<(), NlError> {
     use super::objects::Setting;
-    match sysctl::set_net(path, &value.to_string()) {
-        Ok(_) => Ok(()),
+    match sysctl::write_net(path, &value.to_string()) {
+        Ok(()) => Ok(()),
         // A kernel without IPv6 accepts no advertisement either.
         Err(e)
             if e.kind() == std::io::ErrorKind::NotFound

@@ -16,7 +16,7 @@ use crate::model::Lease;
 
 pub(super) fn desired(config: &Config, lease: &Lease, facts: &Facts, names: &LinkNames) -> State {
     let mut state = State::new();
-    let table = eni_table(config.table_base, &lease.eni);
+    let table = eni_table(config.table_base, lease.eni.primary4);
     veth_pair(&mut state, names, Dev::Pod, facts.mtu);
     let loopback = Link { kind: LinkKind::Given, mac: None, mtu: None, up: true };
     state.insert(Key::Link(Dev::Loopback), Value::Link(loopback));

@@ -1,6 +1,6 @@
 //! The actor: takes requests, gives them to wiring threads, waits for devices.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::Future;
 use std::rc::Rc;
@@ -84,7 +84,7 @@ impl NetnsWirer {
         for mac in self.monitor.take_changed() {
             let Some((eni, _)) = self.prepared.get(&mac) else { continue };
             let eni = eni.clone();
-            let work = self.crew.call(move |desk| desk.prepare(&eni, true));
+            let work = self.crew.call(&eni.id.to_string(), move |desk| desk.prepare(&eni, true));
             ctx.spawn(work, |_, outcome, _| {
                 if let Ok(Err(error)) = outcome {
                     tracing::warn!(%error, "ENI changed and could not be prepared again");
@@ -106,7 +106,16 @@ impl Actor for NetnsWirer {
 
 impl Handles<Wire> for NetnsWirer {
     fn handle(&mut self, Wire { lease }: Wire, to: Responder<Wire>, ctx: &mut Ctx<'_, Self>) {
-        let work = self.crew.call(move |desk| desk.wire(&lease));
+        let deadline = to.deadline();
+        let attachment = lease.attachment.clone();
+        let work = self.crew.call(&attachment.to_string(), move |desk| {
+            // Whoever asked has begun to undo it: making it now would leave it behind.
+            if deadline.passed() {
+                let cause = "its turn came after the deadline".to_owned();
+                return Err(WireError::Kernel { attachment, step: "wire".to_owned(), cause });
+            }
+            desk.wire(&lease)
+        });
         self.answer(to, ctx, work, |_, _| {});
     }
 }
@@ -115,13 +124,15 @@ impl Handles<Unwire> for NetnsWirer {
     fn handle(&mut self, Unwire { lease }: Unwire, to: Responder<Unwire>, ctx: &mut Ctx<'_, Self>) {
         let deadline = to.deadline().leaving(RESERVE).within(RETURN);
         let (crew, monitor) = (self.crew.clone(), self.monitor.clone());
-        self.answer(to, ctx, unwire(crew, monitor, lease, deadline), |_, _| {});
+        // A DEL repeated after its ENI was given to shared pods.
+        let reused = self.prepared.contains_key(&lease.eni.mac);
+        self.answer(to, ctx, unwire(crew, monitor, lease, reused, deadline), |_, _| {});
     }
 }
 
 impl Handles<Verify> for NetnsWirer {
     fn handle(&mut self, Verify { lease }: Verify, to: Responder<Verify>, ctx: &mut Ctx<'_, Self>) {
-        let work = self.crew.call(move |desk| desk.verify(&lease));
+        let work = self.crew.call(&lease.attachment.to_string(), move |desk| desk.verify(&lease));
         self.answer(to, ctx, work, |_, _| {});
     }
 }
@@ -143,7 +154,7 @@ impl Handles<PrepareEni> for NetnsWirer {
 impl Handles<ForgetEni> for NetnsWirer {
     fn handle(&mut self, ForgetEni { eni }: ForgetEni, to: Responder<ForgetEni>, ctx: &mut Ctx<'_, Self>) {
         self.prepared.remove(&eni.mac);
-        let work = self.crew.call(move |desk| desk.forget(&eni));
+        let work = self.crew.call(&eni.id.to_string(), move |desk| desk.forget(&eni));
         self.answer(to, ctx, work, |_, _| {});
     }
 }
@@ -167,7 +178,7 @@ async fn prepare(
         // Before looking: what happens from here on wakes us.
         changes.mark_unchanged();
         let PrepareEni { eni, shared } = ask.clone();
-        match crew.call(move |desk| desk.prepare(&eni, shared)).await? {
+        match crew.call(&eni.id.to_string(), move |desk| desk.prepare(&eni, shared)).await? {
             Err(WireError::DeviceMissing(id)) => {
                 if tokio::time::timeout_at(deadline.instant(), changes.changed()).await.is_err() {
                     return Ok(Err(WireError::DeviceMissing(id)));
@@ -178,14 +189,14 @@ async fn prepare(
     }
 }
 
-async fn unwire(crew: Crew, monitor: Rc<Monitor>, lease: Lease, deadline: Deadline) -> Outcome<()> {
+async fn unwire(crew: Crew, monitor: Rc<Monitor>, lease: Lease, reused: bool, deadline: Deadline) -> Outcome<()> {
     let mac = lease.eni.mac;
     let _watched = (lease.mode == AttachMode::Exclusive).then(|| monitor.watch(mac));
     let mut changes = monitor.changes();
     let id = lease.eni.id.clone();
     let attachment = lease.attachment.clone();
     changes.mark_unchanged();
-    let mut returned = match crew.call(move |desk| desk.unwire(&lease)).await? {
+    let mut returned = match crew.call(&attachment.to_string(), move |desk| desk.unwire(&lease, reused)).await? {
         Ok(returned) => returned,
         Err(e) => return Ok(Err(e)),
     };
@@ -196,7 +207,7 @@ async fn unwire(crew: Crew, monitor: Rc<Monitor>, lease: Lease, deadline: Deadli
             tracing::warn!(eni = %id, %attachment, "ENI has not come back to the node");
             break;
         }
-        match crew.call(move |desk| desk.normalise(mac)).await? {
+        match crew.call(&attachment.to_string(), move |desk| desk.normalise(mac)).await? {
             Ok(true) => returned = Returned::Yes,
             Ok(false) => {}
             Err(e) => return Ok(Err(WireError::Kernel { attachment, step: e.what, cause: e.cause })),
@@ -215,7 +226,7 @@ async fn inventory(crew: Crew, handle: rtnetlink::Handle, shared: Arc<Shared>) -
         Err(e) => return Ok(Err(fault("inventory", e.to_string()))),
     };
     let names: Vec<String> = found.enis.iter().map(|(_, name)| name.clone()).collect();
-    let rest = crew.call(move |desk| {
+    let rest = crew.call("inventory", move |desk| {
         let Shared { config, programs, .. } = &*desk.shared;
         let spread = |name: String| (queues::report(&config.sysfs, &name), name);
         let receive: Vec<_> = names.into_iter().map(spread).filter(|(cores, _)| !cores.is_empty()).collect();
@@ -231,44 +242,78 @@ async fn inventory(crew: Crew, handle: rtnetlink::Handle, shared: Arc<Shared>) -
     }
 }
 
-/// The wiring threads; each request goes to the one with the least to do.
+/// The wiring threads. A request goes to the one with the least to do, unless
+/// another about the same attachment or ENI is in work: then it follows that one,
+/// so that an undo never overtakes what it undoes.
 #[derive(Clone)]
-struct Crew(Rc<[(Worker<Desk>, Rc<Cell<usize>>)]>);
+struct Crew {
+    hands: Rc<[Hand]>,
+    in_work: Rc<RefCell<HashMap<String, InWork>>>,
+}
+
+struct Hand {
+    worker: Worker<Desk>,
+    /// Requests given to it and not answered.
+    load: Cell<usize>,
+}
+
+/// Requests about one thing: with which hand, how many.
+struct InWork {
+    hand: usize,
+    requests: usize,
+}
 
 impl Crew {
     async fn start(shared: &Arc<Shared>) -> Result<Self, StartError> {
-        let mut crew = Vec::new();
+        let mut hands = Vec::new();
         for n in 0..shared.config.threads {
             let shared = shared.clone();
             let worker = Worker::start(format!("wiring-{n}"), NetnsWirer::CAPACITY * 2, move || Desk::open(shared));
-            crew.push((worker.await.map_err(StartError::new)?, Rc::new(Cell::new(0))));
+            hands.push(Hand { worker: worker.await.map_err(StartError::new)?, load: Cell::new(0) });
         }
-        Ok(Self(crew.into()))
+        Ok(Self { hands: hands.into(), in_work: Rc::default() })
     }
 
-    fn call<R, F>(&self, job: F) -> impl Future<Output = Result<R, WorkerGone>> + use<R, F> + 'static
+    fn call<R, F>(&self, about: &str, job: F) -> impl Future<Output = Result<R, WorkerGone>> + use<R, F> + 'static
     where
         R: Send + 'static,
         F: FnOnce(&mut Desk) -> R + Send + 'static,
     {
-        let free = self.0.iter().min_by_key(|(_, load)| load.get());
-        let queued = free.map(|(worker, load)| {
-            load.set(load.get() + 1);
-            (worker.call(job), Load(load.clone()))
-        });
+        let freest = || (0..self.hands.len()).min_by_key(|n| self.hands[*n].load.get()).unwrap_or(0);
+        let hand = {
+            let mut in_work = self.in_work.borrow_mut();
+            let entry = in_work.entry(about.to_owned()).or_insert_with(|| InWork { hand: freest(), requests: 0 });
+            entry.requests += 1;
+            entry.hand
+        };
+        self.hands[hand].load.set(self.hands[hand].load.get() + 1);
+        let result = self.hands[hand].worker.call(job);
+        let booked = Booked { crew: self.clone(), hand, about: about.to_owned() };
         async move {
-            match queued {
-                Some((result, _load)) => result.await,
-                None => Err(WorkerGone::Ended),
-            }
+            let result = result.await;
+            drop(booked);
+            result
         }
     }
 }
 
-struct Load(Rc<Cell<usize>>);
+/// Takes a request out of the books, answered or given up.
+struct Booked {
+    crew: Crew,
+    hand: usize,
+    about: String,
+}
 
-impl Drop for Load {
+impl Drop for Booked {
     fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
+        let load = &self.crew.hands[self.hand].load;
+        load.set(load.get() - 1);
+        let mut in_work = self.crew.in_work.borrow_mut();
+        if let Some(entry) = in_work.get_mut(&self.about) {
+            entry.requests -= 1;
+            if entry.requests == 0 {
+                in_work.remove(&self.about);
+            }
+        }
     }
 }

@@ -307,7 +307,7 @@ impl Pool {
         ctx: &mut Ctx<'_, Self>,
         then: impl FnOnce(&mut Self, AuditReport, &mut Ctx<'_, Self>) + 'static,
     ) {
-        let query = self.query(Scope::Everything, Lane::Refill);
+        let query = self.query(Scope::Everything, Lane::PodWaiting);
         let (cloud, inventory) = (self.cloud.clone(), self.netns.inventory.clone());
         let deadline = Deadline::after(self.config.call_timeout);
         let readings =

@@ -4,6 +4,9 @@
 //! idempotent steps) and write down what they were asked, so that a test reads
 //! who holds what and in which order it came about.
 
+#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::result_large_err, reason = "the errors are the actors' own")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::Path;

@@ -46,6 +46,28 @@ pub fn skip(test: &str, missing: &str) {
     }
 }
 
+/// True (and said) when this kernel cannot limit bandwidth as the test wants.
+pub fn cannot_shape(test: &str, lab: &Lab) -> bool {
+    let works = |program: &str, args: &str| {
+        let args = format!("-n {} {args}", lab.router);
+        let status = Command::new(program).args(args.split_whitespace()).stderr(Stdio::null()).status();
+        status.is_ok_and(|s| s.success())
+    };
+    let missing = if !works("tc", "qdisc add dev lo root tbf rate 1gbit burst 100kb limit 100kb") {
+        "the token bucket filter (sch_tbf) or the program tc"
+    } else if !works("ip", "link add fwtifb type ifb") {
+        "the block device (ifb)"
+    } else if !works("tc", "qdisc add dev fwtifb ingress") {
+        "the ingress hook (sch_ingress)"
+    } else {
+        works("tc", "qdisc del dev lo root");
+        works("ip", "link del fwtifb");
+        return false;
+    };
+    skip(test, missing);
+    true
+}
+
 pub fn ip(args: &str) -> String {
     let out = Command::new("ip").args(args.split_whitespace()).output().unwrap();
     assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));

@@ -16,6 +16,9 @@ use crate::lab::kube::registry::{Ctx, DeleteOptions, Filter, Registry, Sub, Watc
 /// How long events are kept, as in a real cluster.
 const EVENT_AGE: i64 = 3600;
 const SWEEP: Duration = Duration::from_secs(60);
+/// A namespace is emptied this long after its deletion: who deletes a manifest
+/// deletes what is in the namespace, too, and should find it.
+const NAMESPACE_GRACE: Duration = Duration::from_secs(1);
 
 /// Kind (by table), namespace, name.
 type Place = (usize, String, String);
@@ -36,6 +39,8 @@ pub struct Collector {
     /// Owner's uid → what refers to it.
     dependents: BTreeMap<String, BTreeSet<Place>>,
     terminating: BTreeSet<String>,
+    /// Those of them whose grace is over.
+    emptied: BTreeSet<String>,
     sweeping: bool,
 }
 
@@ -78,8 +83,9 @@ impl Controller for Collector {
             for dependent in self.dependents.remove(object::uid(object)).unwrap_or_default() {
                 queue.add(Task::Dependent(dependent));
             }
-            if self.terminating.contains(object::namespace(object)) {
-                queue.add(Task::Namespace(object::namespace(object).to_owned()));
+            let space = object::namespace(object);
+            if self.terminating.contains(space) && self.emptied.contains(space) {
+                queue.add(Task::Namespace(space.to_owned()));
             }
         } else if object::deleting(object) && !list(object, "/metadata/finalizers").is_empty() {
             queue.add(Task::Owner(here));
@@ -87,13 +93,16 @@ impl Controller for Collector {
         match kind.kind {
             "Namespace" => {
                 let name = object::name(object).to_owned();
-                if object::deleting(object) && !gone {
-                    self.terminating.insert(name.clone());
-                } else {
-                    self.terminating.remove(&name);
-                }
-                if !gone {
-                    queue.add(Task::Namespace(name));
+                match (gone, object::deleting(object)) {
+                    (true, _) => {
+                        self.terminating.remove(&name);
+                        self.emptied.remove(&name);
+                    }
+                    (false, false) => queue.add(Task::Namespace(name)),
+                    (false, true) => {
+                        queue.add_after(Task::Namespace(name.clone()), NAMESPACE_GRACE);
+                        self.terminating.insert(name);
+                    }
                 }
             }
             "Node" if gone => queue.add(Task::LostNode(object::name(object).to_owned())),
@@ -105,7 +114,12 @@ impl Controller for Collector {
         match task {
             Task::Dependent(place) => dependent(api, ctx, place).map(|()| None),
             Task::Owner(place) => self.owner(api, ctx, place).map(|()| None),
-            Task::Namespace(name) => namespace(api, ctx, name).map(|()| None),
+            Task::Namespace(name) => {
+                if self.terminating.contains(name) {
+                    self.emptied.insert(name.clone());
+                }
+                namespace(api, ctx, name).map(|()| None)
+            }
             Task::LostNode(name) => lost_node(api, ctx, name).map(|()| None),
             Task::Sweep => {
                 sweep(api, ctx);

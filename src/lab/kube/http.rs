@@ -1,10 +1,8 @@
 //! The registry over HTTP: paths, bodies, formats. Thin: no rule of the API
 //! lives here.
 //!
-//! - [`route`]: what a path means
-//! - [`negotiate`]: what the client sends and wants back
-//! - [`resource`]: requests on objects
-//! - [`stream`]: watches
+//! `route` says what a path means, `negotiate` what the client sends and wants
+//! back, `resource` answers requests on objects, `stream` is watches.
 
 mod negotiate;
 mod resource;

@@ -297,7 +297,10 @@ impl Fields {
             let same = match found {
                 None | Some(Value::Null) => value.is_empty() || value == "false",
                 Some(Value::String(text)) => text == value,
-                Some(other) => other.to_string() == *value,
+                Some(other) => {
+                    let text = other.to_string();
+                    text == *value
+                }
             };
             same == *equal
         })

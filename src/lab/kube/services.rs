@@ -153,13 +153,8 @@ impl Services {
         let selects = spec.get("selector").and_then(Value::as_object).is_some_and(|s| !s.is_empty());
         let dual = self.ranges.len() > 1;
         let named: Vec<String> = strings(spec.get("ipFamilies"));
-        let default_policy = if headless && !selects && dual {
-            "RequireDualStack"
-        } else if named.len() > 1 || given.len() > 1 {
-            "RequireDualStack"
-        } else {
-            "SingleStack"
-        };
+        let both = (headless && !selects && dual) || named.len() > 1 || given.len() > 1;
+        let default_policy = if both { "RequireDualStack" } else { "SingleStack" };
         object::default(spec, "ipFamilyPolicy", default_policy);
         let policy = spec.get("ipFamilyPolicy").and_then(Value::as_str).unwrap_or("").to_owned();
         let mut families = named;

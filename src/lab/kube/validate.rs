@@ -105,7 +105,8 @@ fn metadata(kind: &Kind, object: &Value, issues: &mut Issues) {
         "Namespace" | "Service" if !is_label(name) => issues.invalid_text("metadata.name", name, LABEL),
         // Their names only need to fit in a path.
         "Role" | "RoleBinding" | "ClusterRole" | "ClusterRoleBinding" => {
-            if name.contains(['/', '%']) || name == "." || name == ".." {
+            let path = name.contains(['/', '%']) || name == "." || name == "..";
+            if path {
                 issues.invalid_text("metadata.name", name, "may not be '.' or '..' nor contain '/' or '%'");
             }
         }
@@ -181,7 +182,7 @@ fn frozen(object: &Value, old: Option<&Value>, issues: &mut Issues) {
 
 /// At most 253 characters of dot-separated labels.
 pub fn is_subdomain(name: &str) -> bool {
-    name.len() <= 253 && !name.is_empty() && name.split('.').all(|part| label_shape(part))
+    name.len() <= 253 && !name.is_empty() && name.split('.').all(label_shape)
 }
 
 /// At most 63 lower-case letters, digits and inner dashes.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::api::SinkError;
 use super::cni::CniError;
@@ -18,7 +19,7 @@ use super::probe::Probes;
 use super::record::PodRecord;
 use super::sandbox::{Sandbox, Wanted};
 use super::spec::{self, PodRef};
-use super::status::{Known, Stage, pod_status};
+use super::status::{self, Known, Stage, pod_status};
 use super::{Context, now};
 use crate::lab::workload::{Server, Speaks};
 
@@ -79,7 +80,7 @@ impl PodTask {
             sandbox: None,
         };
         let (status, latest) = watch::channel(pod_status(&pod, &known, &now()));
-        let reporter = tokio::spawn(report(Arc::clone(&context), key.clone(), latest));
+        let reporter = AbortOnDropHandle::new(tokio::spawn(report(Arc::clone(&context), key.clone(), latest)));
         let task = Self {
             context,
             pod,
@@ -95,7 +96,7 @@ impl PodTask {
         task.live(reporter).await;
     }
 
-    async fn live(mut self, reporter: tokio::task::JoinHandle<()>) {
+    async fn live(mut self, reporter: AbortOnDropHandle<()>) {
         let end = match self.start().await {
             Err(end) => end,
             Ok(()) => match self.serve(None).await {
@@ -120,7 +121,6 @@ impl PodTask {
         }
         self.record(|r| r.ended = true);
         if end == End::Forced {
-            reporter.abort();
             return;
         }
         self.known.stage = Stage::Ended { started, at: now() };
@@ -204,7 +204,7 @@ impl PodTask {
                 None => return End::Abandoned,
                 Some(Order::Gone | Order::Teardown) => return End::Forced,
                 Some(Order::Spec(pod)) => {
-                    self.pod = *pod;
+                    self.pod = status::keep_own_conditions(*pod, &self.pod);
                     if self.pod.metadata.deletion_timestamp.is_some() {
                         return End::Graceful;
                     }
@@ -275,7 +275,7 @@ impl PodTask {
                 None => return End::Abandoned,
                 Some(Order::Gone | Order::Teardown) => return End::Forced,
                 Some(Order::Spec(pod)) => {
-                    self.pod = *pod;
+                    self.pod = status::keep_own_conditions(*pod, &self.pod);
                     if self.pod.metadata.deletion_timestamp.is_some() {
                         return End::Graceful;
                     }
@@ -376,8 +376,7 @@ impl PodTask {
 
     fn publish(&mut self) {
         let status = pod_status(&self.pod, &self.known, &now());
-        // Built on what was said last, so that transition times hold even when
-        // the API has not echoed it yet.
+        // The next one builds on this, whether or not the API has echoed it.
         self.pod.status = Some(status.clone());
         self.status.send_replace(status);
     }

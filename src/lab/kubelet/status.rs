@@ -10,6 +10,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::spec;
 
+/// Conditions that kubelet owns.
+const OWN: [&str; 5] = ["PodScheduled", "Initialized", "PodReadyToStartContainers", "ContainersReady", "Ready"];
+
 /// How far a pod has come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stage {
@@ -75,6 +78,18 @@ pub fn pod_status(pod: &Pod, known: &Known, now: &Time) -> PodStatus {
         },
         ..PodStatus::default()
     }
+}
+
+/// The pod as the API has it, with kubelet's conditions as it set them last: the
+/// API may echo an older state.
+pub fn keep_own_conditions(mut fresh: Pod, old: &Pod) -> Pod {
+    let is_own = |c: &&PodCondition| OWN.contains(&c.type_.as_str());
+    let own: Vec<PodCondition> =
+        old.status.iter().flat_map(|s| s.conditions.iter().flatten()).filter(is_own).cloned().collect();
+    let conditions = fresh.status.get_or_insert_default().conditions.get_or_insert_default();
+    conditions.retain(|c| !own.iter().any(|o| o.type_ == c.type_));
+    conditions.extend(own);
+    fresh
 }
 
 fn set(conditions: &mut Vec<PodCondition>, kind: &str, ok: bool, reason: Option<String>, now: &Time) {
@@ -170,11 +185,16 @@ mod tests {
         pod.status = Some(pod_status(&pod, &known, &time(10)));
         known.stage = Stage::Running { since: time(5), ready: vec![true] };
         let status = pod_status(&pod, &known, &time(20));
-        let conditions = status.conditions.unwrap();
+        let conditions = status.conditions.clone().unwrap();
         let at = |kind: &str| conditions.iter().find(|c| c.type_ == kind).unwrap();
         assert_eq!(at("PodReadyToStartContainers").last_transition_time, Some(time(10)));
         assert_eq!(at("Ready").last_transition_time, Some(time(20)));
         assert_eq!(at("example.com/gate").status, "True");
+        // An older echo does not bring the old readiness back.
+        let kept = keep_own_conditions(pod.clone(), &Pod { status: Some(status.clone()), ..Pod::default() });
+        let kept = kept.status.unwrap().conditions.unwrap();
+        assert_eq!(kept.iter().find(|c| c.type_ == "Ready").unwrap().status, "True");
+        assert_eq!(kept.len(), 6);
         assert_eq!(status.pod_ips.unwrap()[1].ip, "fd00::1");
     }
 }

@@ -76,11 +76,11 @@ impl Vpc {
     /// was not asked for, except to a load balancer.
     pub async fn add_outside(&self) -> Result<Netns, VpcError> {
         let ns = OwnedNetns::create(&self.id().name("out"))?;
-        let near = VethEnd { name: nft::NAT_DEVICE, mac: None, mtu: 1500, queues: 1 };
-        let far = VethEnd { name: "eth0", ..near.clone() };
+        let near = VethEnd { name: nft::NAT_DEVICE, index: super::FIRST_INDEX - 1, mac: None, mtu: 1500, queues: 1 };
+        let far = VethEnd { name: "eth0", index: 0, ..near.clone() };
         let router = &self.inner.links;
         router.add_veth(&near, &far, &ns).await?;
-        let device = router.find(nft::NAT_DEVICE).await?.index;
+        let device = near.index;
         router.set_up(device, Some("nat gateway")).await?;
         let outside = Links::open(&ns).await?;
         os::loopback(&outside).await?;

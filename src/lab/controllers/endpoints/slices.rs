@@ -238,7 +238,13 @@ pub fn subsets(service: &Value, all: &[Arc<Value>]) -> Vec<Value> {
     let primary = list(service, "/spec/ipFamilies").first().and_then(Value::as_str).unwrap_or("IPv4");
     let headless = text(service, "/spec/clusterIP") == "None";
     let early = flag(service, "/spec/publishNotReadyAddresses");
-    let mut groups: BTreeMap<String, (Vec<Value>, Vec<Value>, Vec<Value>)> = BTreeMap::new();
+    #[derive(Default)]
+    struct Group {
+        ports: Vec<Value>,
+        ready: Vec<Value>,
+        not_ready: Vec<Value>,
+    }
+    let mut groups: BTreeMap<String, Group> = BTreeMap::new();
     for pod in all.iter().filter(|pod| pods::active(pod)).take(MOST_ADDRESSES) {
         let Some(ip) = address(pod, primary) else { continue };
         let Some(ports) = ports(service, pod, headless) else { continue };
@@ -249,16 +255,16 @@ pub fn subsets(service: &Value, all: &[Arc<Value>]) -> Vec<Value> {
             entry["nodeName"] = node.into();
         }
         let group =
-            groups.entry(Value::from(ports.clone()).to_string()).or_insert_with(|| (ports, Vec::new(), Vec::new()));
+            groups.entry(Value::from(ports.clone()).to_string()).or_insert_with(|| Group { ports, ..Group::default() });
         if early || pods::ready(pod) {
-            group.1.push(entry);
+            group.ready.push(entry);
         } else {
-            group.2.push(entry);
+            group.not_ready.push(entry);
         }
     }
     groups
         .into_values()
-        .map(|(mut ports, ready, not_ready)| {
+        .map(|Group { mut ports, ready, not_ready }| {
             for port in &mut ports {
                 if text(port, "/name").is_empty() {
                     object::map_mut(port, &[]).remove("name");

@@ -220,7 +220,7 @@ fn one(
                 PatchKind::Apply(_) => Ctx { manager: query.manager.clone(), ..ctx },
                 _ => ctx,
             };
-            let written = registry.patch(&ctx, kind, namespace, name, sub, how, &patch)?;
+            let written = registry.patch(&ctx, kind, (namespace, name), sub, how, &patch)?;
             let code = if written.created { StatusCode::CREATED } else { StatusCode::OK };
             Ok(reply(kind, view, query, &written, code))
         }

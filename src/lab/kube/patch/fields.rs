@@ -176,7 +176,8 @@ pub fn item_key(item: &Value, keys: &[&str]) -> String {
 /// The position in `items` that a `k:` or `v:` step names.
 fn position(items: &[Value], step: &str) -> Option<usize> {
     if let Some(scalar) = step.strip_prefix("v:") {
-        return items.iter().position(|item| item.to_string() == scalar);
+        let wanted: Value = serde_json::from_str(scalar).ok()?;
+        return items.iter().position(|item| *item == wanted);
     }
     let text = step.strip_prefix("k:")?;
     let Ok(Value::Object(wanted)) = serde_json::from_str::<Value>(text) else { return None };

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::write::Change;
 use super::{Ctx, Registry, Sub, Written};
 use crate::lab::kube::error::ApiError;
 use crate::lab::kube::kind::{Kind, named};
@@ -54,7 +55,8 @@ impl Registry {
         };
         let mut new = (*old).clone();
         object::set(&mut new, &["spec", "replicas"], replicas);
-        let Written { object, .. } = self.replace(&mut state, ctx, kind, Sub::Main, old, new, true)?;
+        let Written { object, .. } =
+            self.replace(&mut state, ctx, Change { kind, sub: Sub::Main, track: true }, old, new)?;
         Ok(scale_of(&object))
     }
 
@@ -83,6 +85,6 @@ impl Registry {
             conditions.push(json!({"type": "PodScheduled", "status": "True", "lastTransitionTime": now,
                                    "lastProbeTime": null}));
         }
-        self.replace(&mut state, ctx, pods, Sub::Binding, old, new, true).map(drop)
+        self.replace(&mut state, ctx, Change { kind: pods, sub: Sub::Binding, track: true }, old, new).map(drop)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::{Ctx, Registry, State, Validation};
 use crate::lab::kube::error::ApiError;
@@ -32,6 +32,15 @@ impl Sub {
             Sub::Finalize => "finalize",
         }
     }
+}
+
+/// What a write is about.
+#[derive(Clone, Copy)]
+pub(super) struct Change<'a> {
+    pub(super) kind: &'a Kind,
+    pub(super) sub: Sub,
+    /// Changed fields go to the writer; an apply has settled that itself.
+    pub(super) track: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,25 +79,25 @@ impl Registry {
         let mut state = self.state.lock();
         let new = identified(kind, namespace, Some(name), new)?;
         let old = state.store.get(kind, namespace, name).cloned().ok_or_else(|| ApiError::not_found(kind, name))?;
-        self.replace(&mut state, ctx, kind, sub, old, new, true)
+        self.replace(&mut state, ctx, Change { kind, sub, track: true }, old, new)
     }
 
     pub fn patch(
         &self,
         ctx: &Ctx,
         kind: &Kind,
-        namespace: &str,
-        name: &str,
+        key: (&str, &str),
         sub: Sub,
         how: PatchKind,
         body: &Value,
     ) -> Result<Written, ApiError> {
+        let (namespace, name) = key;
         let mut state = self.state.lock();
-        let old = state.store.get(kind, namespace, name).cloned();
         if let PatchKind::Apply(force) = how {
-            return self.apply_in(&mut state, ctx, kind, (namespace, name), sub, force, body.clone(), old);
+            let change = Change { kind, sub, track: false };
+            return self.apply_in(&mut state, ctx, change, key, force, body.clone());
         }
-        let old = old.ok_or_else(|| ApiError::not_found(kind, name))?;
+        let old = state.store.get(kind, namespace, name).cloned().ok_or_else(|| ApiError::not_found(kind, name))?;
         // The patch is written against the view that the caller reads.
         let view = events::outward(kind, &old);
         let new = match how {
@@ -108,7 +117,7 @@ impl Registry {
             }
         };
         let new = identified(kind, namespace, Some(name), new)?;
-        self.replace(&mut state, ctx, kind, sub, old, new, true)
+        self.replace(&mut state, ctx, Change { kind, sub, track: true }, old, new)
     }
 
     /// Change an object in place; `change` returns false to leave it alone. For
@@ -128,7 +137,7 @@ impl Registry {
         if !change(&mut new) {
             return Ok(None);
         }
-        self.replace(&mut state, ctx, kind, sub, old, new, true).map(|written| Some(written.object))
+        self.replace(&mut state, ctx, Change { kind, sub, track: true }, old, new).map(|written| Some(written.object))
     }
 
     fn create_in(
@@ -201,13 +210,12 @@ impl Registry {
         &self,
         state: &mut State,
         ctx: &Ctx,
-        kind: &Kind,
+        change: Change<'_>,
         (namespace, name): (&str, &str),
-        sub: Sub,
         force: bool,
         wish: Value,
-        old: Option<Arc<Value>>,
     ) -> Result<Written, ApiError> {
+        let Change { kind, sub, .. } = change;
         if ctx.manager.is_empty() {
             return Err(ApiError::bad_request(
                 "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch",
@@ -223,7 +231,7 @@ impl Registry {
         let now = object::rfc3339(ctx.now);
         let writer =
             apply::Writer { manager: &ctx.manager, subresource: sub.name(), api_version: &api_version, now: &now };
-        let Some(old) = old else {
+        let Some(old) = state.store.get(kind, namespace, name).cloned() else {
             if sub != Sub::Main {
                 return Err(ApiError::not_found(kind, name));
             }
@@ -242,20 +250,17 @@ impl Registry {
             Some(revision) => meta.insert("resourceVersion".into(), revision),
             None => meta.remove("resourceVersion"),
         };
-        self.replace(state, ctx, kind, sub, old, new, false)
+        self.replace(state, ctx, change, old, new)
     }
 
-    /// Put `new` in place of `old`. `track`: changed fields go to the writer.
-    #[allow(clippy::too_many_arguments)]
+    /// Put `new` in place of `old`.
     pub(super) fn replace(
         &self,
         state: &mut State,
         ctx: &Ctx,
-        kind: &Kind,
-        sub: Sub,
+        Change { kind, sub, track }: Change<'_>,
         old: Arc<Value>,
         new: Value,
-        track: bool,
     ) -> Result<Written, ApiError> {
         let name = object::name(&old).to_owned();
         let namespace = object::namespace(&old).to_owned();
@@ -274,7 +279,7 @@ impl Registry {
         // A binding changes what nobody else may change.
         let reference = (sub != Sub::Binding).then_some(&*old);
         self.complete(state, kind, reference, &mut new)?;
-        if kind.generation && without_status(&new) != without_status(&old) {
+        if kind.generation && !same_but(Some(&old), Some(&new), &["metadata", "status"]) {
             let generation = object::int(&old, "/metadata/generation").unwrap_or(0) + 1;
             metadata(&mut new).insert("generation".into(), generation.into());
         }
@@ -473,32 +478,21 @@ fn own(ctx: &Ctx, kind: &Kind, sub: Sub, old: Option<&Value>, new: &mut Value) {
     apply::track(old, new, writer);
 }
 
-fn without_status(object: &Value) -> Map<String, Value> {
-    let mut map = object.as_object().cloned().unwrap_or_default();
-    map.remove("status");
-    map.remove("metadata");
-    map
+/// The same entries, but for these keys.
+fn same_but(old: Option<&Value>, new: Option<&Value>, except: &[&str]) -> bool {
+    let (Some(Value::Object(a)), Some(Value::Object(b))) = (old, new) else { return old == new };
+    let counted = |key: &&String| !except.contains(&key.as_str());
+    a.keys().filter(counted).count() == b.keys().filter(counted).count()
+        && a.iter().filter(|(key, _)| counted(key)).all(|(key, value)| b.get(key) == Some(value))
 }
 
 /// Equal, but for who last owned what when.
 fn same(old: &Value, new: &Value) -> bool {
-    let bare = |object: &Value| {
-        let mut meta = object.get("metadata").and_then(Value::as_object).cloned().unwrap_or_default();
-        let owners = meta.remove("managedFields").unwrap_or_default();
-        let owners: Vec<Value> = owners
-            .as_array()
-            .into_iter()
-            .flatten()
-            .map(|entry| json!([entry.get("manager"), entry.get("operation"), entry.get("fieldsV1")]))
-            .collect();
-        (meta, owners)
-    };
-    let rest = |object: &Value| {
-        let mut map = object.as_object().cloned().unwrap_or_default();
-        map.remove("metadata");
-        map
-    };
-    bare(old) == bare(new) && rest(old) == rest(new)
+    let (a, b) = (object::list(old, "/metadata/managedFields"), object::list(new, "/metadata/managedFields"));
+    same_but(Some(old), Some(new), &["metadata"])
+        && same_but(old.get("metadata"), new.get("metadata"), &["managedFields"])
+        && a.len() == b.len()
+        && a.iter().zip(b).all(|(a, b)| same_but(Some(a), Some(b), &["time"]))
 }
 
 fn check_namespace(state: &State, kind: &Kind, namespace: &str, name: &str) -> Result<(), ApiError> {

@@ -1,0 +1,128 @@
+//! The hook for programs, and what happens when a wiring thread dies in it.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use fairway::model::AttachMode::{Exclusive, Veth};
+use fairway::model::AttachmentId;
+use fairway::netns::{Attachment, Inventory, PodPrograms, PrepareEni, Unwire, Verify, Wire, WireError};
+
+use crate::support::*;
+
+#[derive(Default)]
+struct Probe {
+    calls: Mutex<Vec<String>>,
+    refuse: AtomicBool,
+    die: AtomicBool,
+}
+
+impl PodPrograms for Probe {
+    fn attach(&self, to: &Attachment<'_>) -> Result<(), String> {
+        if self.die.swap(false, Ordering::SeqCst) {
+            panic!("the loader died");
+        }
+        if self.refuse.load(Ordering::SeqCst) {
+            return Err("the verifier said no".to_owned());
+        }
+        // We are in the node's namespace, and the device is there.
+        let links: serde_json::Value = serde_json::from_str(&ip("-j link")).unwrap();
+        let by_index = |index: u32| links.as_array().unwrap().iter().find(|l| l["ifindex"] == index);
+        let link = by_index(to.host_ifindex).unwrap();
+        assert_eq!(link["ifname"], to.host_ifname);
+        let up = link["flags"].as_array().unwrap().contains(&"UP".into());
+        let eni = to.eni_ifindex.map(|i| by_index(i).unwrap()["address"].as_str().unwrap().to_owned());
+        self.calls.lock().unwrap().push(format!("attach up={up} eni={eni:?}"));
+        Ok(())
+    }
+    fn detach(&self, from: &AttachmentId) -> Result<(), String> {
+        self.calls.lock().unwrap().push(format!("detach {}", from.ifname));
+        Ok(())
+    }
+    fn verify(&self, _: &Attachment<'_>) -> Result<Vec<String>, String> {
+        Ok(if self.refuse.load(Ordering::SeqCst) { vec!["it is not attached".to_owned()] } else { Vec::new() })
+    }
+    fn pinned(&self) -> Result<Vec<String>, String> {
+        Ok(vec!["one".to_owned()])
+    }
+}
+
+#[test]
+fn programs_are_in_place_before_a_packet_can_pass() {
+    if skipped("programs_are_in_place_before_a_packet_can_pass") {
+        return;
+    }
+    let lab = Lab::new();
+    let (shared, own) = (lab.eni(1), lab.eni(2));
+    let (_, veth) = lab.pod(&shared, 21, Veth);
+    let (_, exclusive) = lab.pod(&own, 22, Exclusive);
+    let probe = Arc::new(Probe::default());
+    let calls = || std::mem::take(&mut *probe.calls.lock().unwrap());
+    lab.run_with(probe.clone(), async |wirer| {
+        wirer.ask(PrepareEni { eni: shared.clone(), shared: true }).await.unwrap();
+        wirer.ask(Wire { lease: veth.clone() }).await.unwrap();
+        assert_eq!(calls(), ["attach up=false eni=None"]);
+        wirer.ask(Wire { lease: veth.clone() }).await.unwrap();
+        assert_eq!(calls(), ["attach up=true eni=None"], "again, in case it was lost");
+        wirer.ask(Wire { lease: exclusive.clone() }).await.unwrap();
+        assert_eq!(calls(), [format!("attach up=false eni={:?}", Some(own.mac.to_string()))], "before the ENI moves");
+        assert_eq!(wirer.ask(Inventory {}).await.unwrap().pinned, ["one"]);
+        wirer.ask(Unwire { lease: exclusive.clone() }).await.unwrap();
+        assert_eq!(calls(), ["detach eth0"]);
+
+        probe.refuse.store(true, Ordering::SeqCst);
+        let findings = wirer.ask(Verify { lease: veth.clone() }).await.unwrap();
+        assert_eq!(findings.iter().map(|f| &*f.what).collect::<Vec<_>>(), ["program"]);
+        let before = snapshot(&lab.node);
+        let refused = wirer.ask(Wire { lease: exclusive.clone() }).await.unwrap_err();
+        assert!(refused.to_string().contains("the verifier said no"), "{refused}");
+        assert_eq!(before, snapshot(&lab.node), "a pod without its program is not wired");
+    });
+}
+
+#[test]
+fn a_wiring_thread_that_dies_is_replaced_and_its_pod_is_wired_later() {
+    if skipped("a_wiring_thread_that_dies_is_replaced_and_its_pod_is_wired_later") {
+        return;
+    }
+    let lab = Lab::new();
+    let eni = lab.eni(1);
+    let (ns, lease) = lab.pod(&eni, 21, Veth);
+    let probe = Arc::new(Probe::default());
+    lab.run_with(probe.clone(), async |wirer| {
+        wirer.ask(PrepareEni { eni: eni.clone(), shared: true }).await.unwrap();
+        probe.die.store(true, Ordering::SeqCst);
+        let died = wirer.ask(Wire { lease: lease.clone() }).await;
+        assert_eq!(died, Err(WireError::Unavailable));
+        // Half made, and nobody holds its lock any more.
+        wirer.ask(Wire { lease: lease.clone() }).await.unwrap();
+        assert_eq!(wirer.ask(Verify { lease: lease.clone() }).await.unwrap(), []);
+        let outside = listen(&lab.router, OUTSIDE4);
+        assert_eq!(whoami(&ns, outside.at), Ok(lease.v4.into()));
+    });
+}
+
+#[test]
+fn an_undo_does_not_overtake_what_it_undoes() {
+    if skipped("an_undo_does_not_overtake_what_it_undoes") {
+        return;
+    }
+    let lab = Lab::new();
+    let eni = lab.eni(1);
+    let pods: Vec<_> = (21..41).map(|host| lab.pod(&eni, host, Veth)).collect();
+    lab.run(async |wirer| {
+        wirer.ask(PrepareEni { eni: eni.clone(), shared: true }).await.unwrap();
+        let before = snapshot(&lab.node);
+        // Each undo is sent while its wire is still waiting its turn.
+        let both = pods.iter().map(|(_, lease)| {
+            let (wire, undo) = (Wire { lease: lease.clone() }, Unwire { lease: lease.clone() });
+            let (first, then) = (wirer.clone(), wirer.clone());
+            async move { tokio::join!(first.ask(wire), then.ask(undo)) }
+        });
+        for (wired, undone) in futures::future::join_all(both).await {
+            wired.unwrap();
+            undone.unwrap();
+        }
+        assert_eq!(before, snapshot(&lab.node));
+    });
+}
