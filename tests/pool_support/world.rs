@@ -175,7 +175,6 @@ impl World {
     pub fn turn(&mut self, calls: usize) {
         let steps = self.plan();
         for step in steps {
-            self.demand.note_taken(&self.state, &step);
             self.apply(step);
         }
         let again = self.plan();
@@ -266,7 +265,7 @@ impl World {
                     ifindex: 1,
                     rx_queues: 2,
                     mtu: 1500,
-                    receive_cores: vec![],
+                    receive_cores: Vec::new(),
                 };
                 let _ = record;
                 return Ok(Answer::Prepared(prepared));
