@@ -41,7 +41,7 @@ lint:
 bench:
 	@scripts/setup.sh bench
 	cargo build --release --locked
-	@target/release/fairway bench $(if $(SUITE),--suite $(SUITE))
+	@target/release/fairway bench $(SUITE)
 
 fuzz:
 	@scripts/setup.sh build
