@@ -24,6 +24,17 @@ is_root() { [ "$(id -u)" = 0 ]; }
 has() { command -v "$1" >/dev/null 2>&1; }
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
+# One set-up installs at a time: a demo may start beside a test run.
+locked=
+lock() {
+    [ -z "$locked" ] || return 0
+    cache=${FAIRWAY_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/fairway}
+    mkdir -p "$cache"
+    exec 9>"$cache/setup.lock"
+    flock 9
+    locked=yes
+}
+
 # --- What needs root, said before anything is done ---------------------------
 case $purpose in
 demo | test | bench)
@@ -56,7 +67,7 @@ forbid_services() {
 
 updated=
 apt_update() {
-    [ -n "$updated" ] || apt-get update -qq >&2 || die "apt-get update failed; check the machine's package sources and network."
+    [ -n "$updated" ] || apt-get update -qq -o DPkg::Lock::Timeout=300 >&2 || die "apt-get update failed; check the machine's package sources and network."
     updated=yes
 }
 offered() { [ -n "$(apt-cache policy "$1" 2>/dev/null | sed -n 's/^  Candidate: \(.*\)$/\1/p' | grep -v '(none)')" ]; }
@@ -70,13 +81,15 @@ need() {
     [ -n "$missing" ] || return 0
     has apt-get || die "Install what provides these Debian packages, then run this again:$missing"
     is_root || die "Run scripts/setup.sh $purpose as root: it has to install$missing"
+    lock
     say "installing$missing"
     apt_update
     trap restore_policy EXIT
     trap 'exit 130' INT TERM HUP
     forbid_services
     # shellcheck disable=SC2086 # a list of words
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >&2 </dev/null ||
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq -o DPkg::Lock::Timeout=300 \
+        --no-install-recommends $missing >&2 </dev/null ||
         die "apt-get could not install$missing; its message is above."
     restore_policy
     trap - EXIT INT TERM HUP
@@ -146,6 +159,11 @@ if [ -z "${FAIRWAY_EBPF_OBJECT:-}" ]; then
         fi
     fi
     if [ "$(fact linker_ready)" = no ]; then
+        lock
+        # Whoever held the lock may have built it.
+        found=$(FAIRWAY_EBPF_TOOLCHAIN=$(fact sysroot) "$root/scripts/ebpf-toolchain.sh")
+    fi
+    if [ "$(fact linker_ready)" = no ]; then
         llvm=$(fact llvm)
         version=$(fact linker_version)
         # The compiler's LLVM decides; bpf-linker has a feature of the same number.
@@ -176,6 +194,8 @@ fi
 # --- Cargo's own tools --------------------------------------------------------
 # Exact versions: they build with Rust 1.95 and later.
 tool() { # PROGRAM CRATE VERSION
+    has "$1" && return 0
+    lock
     has "$1" && return 0
     say "building $2 $3 (a few minutes)"
     cargo install --locked "$2" --version "$3" >&2 </dev/null || die "cargo could not install $2 $3; its message is above."

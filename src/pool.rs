@@ -21,6 +21,7 @@ pub mod audit;
 mod calls;
 pub mod config;
 pub mod demand;
+mod desk;
 mod duties;
 pub mod ledger;
 pub mod outcome;
@@ -43,7 +44,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::actor::{Actor, Ctx, Handles, Message, Port, Responder, StartError, Worker};
+use crate::actor::{Actor, Ctx, Handles, Message, Port, Responder, StartError};
 use crate::cloud::{self, CloudError};
 use crate::model::{AttachMode, AttachmentId, Bandwidth, Lease, PodKey, SecurityGroupId};
 use crate::netns;
@@ -209,12 +210,6 @@ pub enum LedgerPlace {
     Memory(ledger::MemoryStore),
 }
 
-/// The ledger's thread owns these two.
-pub(crate) struct Desk {
-    ledger: ledger::Ledger,
-    fail_point: step::FailPoint,
-}
-
 struct Waiting {
     request: Allocate,
     to: Responder<Allocate>,
@@ -227,7 +222,7 @@ pub struct Pool {
     bound: watch::Receiver<BoundPods>,
     elected: watch::Receiver<bool>,
     snapshots: watch::Sender<Arc<PoolSnapshot>>,
-    desk: Worker<Desk>,
+    desk: desk::DeskHandle,
     clock: Clock,
 
     /// Equal to what is on disk.

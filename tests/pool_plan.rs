@@ -3,6 +3,8 @@
 //! comes to rest. Pure: no clock, no thread, no network.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#![allow(clippy::unwrap_used, clippy::result_large_err)]
+
 #[path = "pool_support/cloud.rs"]
 mod cloud;
 #[path = "pool_support/world.rs"]

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use crate::actor::{Deadline, Port};
 use crate::cloud::CloudStats;
 use crate::cluster::{Facts, NodeCondition, PodInfo, SetNodeStatus};
-use crate::cni::wishes::{self, Known};
+use crate::cni::wishes;
 use crate::debug::Collect;
 use crate::model::{AttachMode, PodKey};
 use crate::pool::demand::{BoundPod, BoundPods};
@@ -49,9 +49,8 @@ fn bound_pod(
     node_labels: Option<&std::collections::BTreeMap<String, String>>,
     default_mode: AttachMode,
 ) -> BoundPod {
-    let known = Known { annotations: Some(&pod.annotations), node_labels, default_mode, ..Known::default() };
     // A wish that cannot be read is refused at ADD, with its reason.
-    let mode = wishes::decide(&known).map_or(default_mode, |w| w.mode);
+    let mode = wishes::mode(Some(&pod.annotations), node_labels, default_mode).unwrap_or(default_mode);
     BoundPod { pod: key.clone(), uid: pod.uid.clone(), mode, terminated: pod.finished(), addresses: pod.ips.clone() }
 }
 

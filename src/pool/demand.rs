@@ -12,6 +12,7 @@ use crate::model::{AttachMode, AttachmentId, PodKey, VSwitchId};
 
 use super::Allocate;
 use super::state::State;
+use super::step::Step;
 
 /// A pod bound to this node that needs an address (not one on the host's
 /// network).
@@ -69,5 +70,18 @@ impl Demand {
         };
         let wants = |p: &&BoundPod| p.mode == mode && !p.terminated && !served.contains(&p.pod) && !has_lease(p);
         bound.iter().filter(wants).count() as u32
+    }
+
+    /// Addresses that a step takes are no longer available, whatever was last
+    /// read.
+    pub fn note_taken(&mut self, state: &State, step: &Step) {
+        let (vswitch, count) = match step {
+            Step::CreateEni { vswitch, ipv4, .. } => (Some(vswitch), *ipv4),
+            Step::AssignIpv4 { key, count } => (state.enis.get(key).map(|e| &e.vswitch), *count),
+            _ => return,
+        };
+        if let Some(vswitch) = vswitch.and_then(|v| self.vswitches.get_mut(v)) {
+            vswitch.available = vswitch.available.saturating_sub(count);
+        }
     }
 }

@@ -21,6 +21,7 @@ pub use sled_store::SledStore;
 use crate::model::InstanceId;
 
 use super::state::State;
+use super::step::FailPoint;
 
 /// One key's new value; `None` removes it.
 pub type Write = (String, Option<Vec<u8>>);
@@ -117,22 +118,60 @@ impl Ledger {
 #[derive(Clone, Default)]
 pub struct MemoryStore {
     disk: std::sync::Arc<parking_lot::Mutex<MemoryDisk>>,
+    life: u64,
 }
 
 #[derive(Default)]
 struct MemoryDisk {
     content: BTreeMap<String, Vec<u8>>,
     fail: Option<String>,
-    commits: u64,
+    fail_point: FailPoint,
+    reached: BTreeSet<&'static str>,
+    stopped: bool,
+    life: u64,
 }
 
 impl MemoryStore {
+    /// The same disk for a new process: older ones write no more.
+    pub fn next_life(&self) -> Self {
+        let mut disk = self.disk.lock();
+        disk.life += 1;
+        Self { disk: self.disk.clone(), life: disk.life }
+    }
     /// Every commit fails for this reason until told otherwise.
     pub fn fail(&self, reason: Option<&str>) {
         self.disk.lock().fail = reason.map(str::to_owned);
     }
-    pub fn commits(&self) -> u64 {
-        self.disk.lock().commits
+    /// The process that writes here stops for ever at this point.
+    pub fn stop_at(&self, fail_point: FailPoint) {
+        let mut disk = self.disk.lock();
+        (disk.fail_point, disk.stopped) = (fail_point, false);
+    }
+    /// It has stopped there.
+    pub fn stopped(&self) -> bool {
+        self.disk.lock().stopped
+    }
+    /// Every step that was ever committed.
+    pub fn reached(&self) -> BTreeSet<&'static str> {
+        self.disk.lock().reached.clone()
+    }
+    /// As after a disk was replaced.
+    pub fn erase(&self) {
+        self.disk.lock().content.clear();
+    }
+    pub(super) fn before(&self, steps: &[&'static str]) -> bool {
+        let mut disk = self.disk.lock();
+        if disk.life != self.life {
+            return true;
+        }
+        disk.reached.extend(steps);
+        disk.stopped |= disk.fail_point.before(steps);
+        disk.stopped
+    }
+    pub(super) fn after(&self, steps: &[&'static str]) -> bool {
+        let mut disk = self.disk.lock();
+        disk.stopped |= disk.fail_point.after(steps);
+        disk.stopped
     }
 }
 
@@ -145,7 +184,6 @@ impl Store for MemoryStore {
         if let Some(reason) = &disk.fail {
             return Err(LedgerError::Io(reason.clone()));
         }
-        disk.commits += 1;
         for (key, value) in batch {
             match value {
                 Some(value) => disk.content.insert(key.clone(), value.clone()),

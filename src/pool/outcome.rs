@@ -89,7 +89,8 @@ impl Interpreter<'_> {
             }
             (Work::Attach { key }, _) => Step::EniAttaching { key: *key, accepted: true },
             (Work::Prepare { key }, Answer::Prepared(p)) => {
-                Step::EniReady { key: *key, device: Device { ifname: p.ifname, rx_queues: p.rx_queues } }
+                let device = Device { ifname: p.ifname, rx_queues: p.rx_queues, receive_cores: p.receive_cores };
+                Step::EniReady { key: *key, device }
             }
             (Work::AssignIpv4 { key }, Answer::Assigned4(addresses)) => Step::Ipv4Assigned { key: *key, addresses },
             (Work::AssignIpv6 { key }, Answer::Assigned6(addresses)) => Step::Ipv6Assigned { key: *key, addresses },

@@ -261,7 +261,7 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
             steps.push(Step::Recover { lease: Box::new(lease), collect: !used });
             if in_pod {
                 let rx_queues = state.meta.limits.queues_per_secondary_eni.max(1);
-                let device = Device { ifname: String::new(), rx_queues };
+                let device = Device { ifname: String::new(), rx_queues, receive_cores: Vec::new() };
                 steps.push(Step::EniReady { key: address.eni, device });
             }
         }

@@ -60,6 +60,8 @@ pub struct EniSnapshot {
     pub vswitch: VSwitchId,
     pub ifname: Option<String>,
     pub rx_queues: u32,
+    /// The cores each receive queue is spread over.
+    pub receive_cores: Vec<String>,
     pub addresses: usize,
     pub leased: usize,
     /// Leases per receive queue, in thousandths.
@@ -151,6 +153,7 @@ pub fn of_state(state: &State, max_enis: Option<u32>, now: Time) -> PoolSnapshot
             vswitch: eni.vswitch.clone(),
             ifname: eni.device.as_ref().map(|d| d.ifname.clone()),
             rx_queues: eni.queues(),
+            receive_cores: eni.device.as_ref().map(|d| d.receive_cores.clone()).unwrap_or_default(),
             addresses: count,
             leased,
             load_per_queue_milli: (leased as u64) * 1000 / u64::from(eni.queues()),

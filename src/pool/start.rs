@@ -9,10 +9,11 @@ use rand::Rng as _;
 
 use super::config::Config;
 use super::demand::Demand;
+use super::desk::{Desk, DeskHandle};
 use super::ledger::{Ledger, LedgerError, LedgerReport, SledStore};
 use super::state::{Meta, State};
 use super::step::FailPoint;
-use super::{Clock, Deps, Desk, LedgerPlace, Pool};
+use super::{Clock, Deps, LedgerPlace, Pool};
 use crate::actor::{AskError, Deadline, StartError, Worker, WorkerStartError};
 use crate::cloud::{self, CloudErrorKind, Lane};
 use crate::model::{InstanceId, IpStack};
@@ -116,7 +117,7 @@ async fn open(
     place: LedgerPlace,
     instance: InstanceId,
     fail_point: FailPoint,
-) -> Result<(Worker<Desk>, Option<State>, LedgerReport), StartError> {
+) -> Result<(DeskHandle, Option<State>, LedgerReport), StartError> {
     // The worker of an embodiment that has just died may still hold the file.
     let mut attempts = 0;
     loop {
@@ -143,17 +144,19 @@ async fn open_once(
     place: LedgerPlace,
     instance: InstanceId,
     fail_point: FailPoint,
-) -> Result<(Worker<Desk>, Option<State>, LedgerReport), OpenError> {
+) -> Result<(DeskHandle, Option<State>, LedgerReport), OpenError> {
+    let folder = match place {
+        LedgerPlace::Folder(folder) => folder,
+        LedgerPlace::Memory(store) => {
+            let (ledger, state) = Ledger::open(Box::new(store.clone())).map_err(OpenError::Ledger)?;
+            let report = LedgerReport { new: state.is_none(), ..LedgerReport::default() };
+            let ledger = std::rc::Rc::new(std::cell::RefCell::new(ledger));
+            return Ok((DeskHandle::InPlace(ledger, store), state, report));
+        }
+    };
     let (tell, told) = std::sync::mpsc::sync_channel(1);
     let open = move || {
-        let (ledger, state, report) = match place {
-            LedgerPlace::Folder(folder) => SledStore::open_ledger(&folder, &instance)?,
-            LedgerPlace::Memory(store) => {
-                let (ledger, state) = Ledger::open(Box::new(store))?;
-                let report = LedgerReport { new: state.is_none(), ..LedgerReport::default() };
-                (ledger, state, report)
-            }
-        };
+        let (ledger, state, report) = SledStore::open_ledger(&folder, &instance)?;
         let _ = tell.send((state, report));
         Ok(Desk { ledger, fail_point })
     };
@@ -165,7 +168,7 @@ async fn open_once(
         Ok(Ok(desk)) => desk,
     };
     let (state, report) = told.try_recv().map_err(|e| OpenError::Thread(e.to_string()))?;
-    Ok((desk, state, report))
+    Ok((DeskHandle::Thread(desk), state, report))
 }
 
 /// Ask until there is an answer; only what retrying cannot mend is an error.

@@ -117,6 +117,9 @@ pub struct Assign {
 pub struct Device {
     pub ifname: String,
     pub rx_queues: u32,
+    /// The cores each receive queue is spread over, as prepared.
+    #[serde(default)]
+    pub receive_cores: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -143,28 +143,25 @@ impl FailPoint {
         Ok(Self { at: Some((name, moment)), nth, seen: 0 })
     }
 
-    pub fn before(&mut self, steps: &[&'static str]) {
-        self.reach(steps, Moment::Before);
+    /// True when the process is to die before these steps are written.
+    pub fn before(&mut self, steps: &[&'static str]) -> bool {
+        self.reached(steps, Moment::Before)
     }
 
-    pub fn after(&mut self, steps: &[&'static str]) {
-        self.reach(steps, Moment::After);
+    /// True when it is to die now that they are.
+    pub fn after(&mut self, steps: &[&'static str]) -> bool {
+        self.reached(steps, Moment::After)
     }
 
-    fn reach(&mut self, steps: &[&'static str], now: Moment) {
-        let Some((name, moment)) = self.at else { return };
-        if moment != now {
-            return;
-        }
+    fn reached(&mut self, steps: &[&'static str], now: Moment) -> bool {
+        let Some((name, _)) = self.at.filter(|(_, moment)| *moment == now) else { return false };
         self.seen += steps.iter().filter(|s| **s == name).count() as u32;
-        if self.seen >= self.nth {
-            die();
-        }
+        self.seen >= self.nth
     }
 }
 
 /// As a power cut would: no destructor runs, nothing is flushed.
-fn die() -> ! {
+pub fn die() -> ! {
     let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
     std::process::abort()
 }

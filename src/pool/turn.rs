@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use rand::Rng as _;
 
-use super::demand::Demand;
 use super::outcome::{Answer, Trouble, meaning};
-use super::state::{LeasePhase, Purpose, State};
+use super::state::{LeasePhase, Phase, Purpose, State};
 use super::step::Step;
 use super::work::{Subject, Work};
 use super::{Allocate, BeginRelease, Confirm, FinishRelease, Leases, Lookup, Pool, PoolError, Waiting, plan};
@@ -83,7 +82,7 @@ impl Pool {
         self.demand.random = rand::rng().random();
         let now = self.clock.now();
         for step in plan::plan(&turn.next, &self.config, &self.demand, now) {
-            self.note_taken(&step);
+            self.demand.note_taken(&turn.next, &step);
             self.apply(step, &mut turn);
         }
         self.serve(&mut turn);
@@ -175,9 +174,13 @@ impl Pool {
         let now = self.clock.now();
         let mut still = Vec::new();
         for Waiting { request, to } in std::mem::take(&mut self.waiting) {
-            if let Some((_, held)) = turn.next.lease_of(&request.attachment) {
+            if let Some((v4, held)) = turn.next.lease_of(&request.attachment) {
                 if held.going() {
                     to.fail(PoolError::BeingReleased(request.attachment));
+                } else if is_lost(&turn.next, v4) {
+                    let eni = &held.lease.eni.id;
+                    let reason = format!("{eni}, which holds this sandbox's address, is gone; a new sandbox is needed");
+                    to.fail(PoolError::Waiting { reason });
                 } else {
                     let lease = held.lease.clone();
                     turn.reply(move |r| to.answer(r.map(|()| lease)));
@@ -202,14 +205,7 @@ impl Pool {
         for name in &names {
             *self.steps.entry(name).or_default() += 1;
         }
-        let written = self.desk.call(move |desk| {
-            desk.fail_point.before(&names);
-            let written = desk.ledger.commit(&state);
-            if written.is_ok() {
-                desk.fail_point.after(&names);
-            }
-            written
-        });
+        let written = self.desk.commit(state, names);
         ctx.spawn(written, move |pool, written, ctx| {
             pool.committing = false;
             match written {
@@ -309,20 +305,11 @@ impl Pool {
             Why::Full { in_use, limit } => format!("{in_use} of {limit} addresses are in use"),
         }
     }
+}
 
-    /// Addresses that are being taken are no longer available, whatever was
-    /// last read.
-    fn note_taken(&mut self, step: &Step) {
-        let (vswitch, count) = match step {
-            Step::CreateEni { vswitch, ipv4, .. } => (Some(vswitch.clone()), *ipv4),
-            Step::AssignIpv4 { key, count } => (self.state.enis.get(key).map(|e| e.vswitch.clone()), *count),
-            _ => return,
-        };
-        let demand: &mut Demand = &mut self.demand;
-        if let Some(vswitch) = vswitch.and_then(|v| demand.vswitches.get_mut(&v)) {
-            vswitch.available = vswitch.available.saturating_sub(count);
-        }
-    }
+fn is_lost(state: &State, v4: std::net::Ipv4Addr) -> bool {
+    let eni = state.addresses.get(&v4).and_then(|a| state.enis.get(&a.eni));
+    eni.is_none_or(|e| e.phase == Phase::Lost)
 }
 
 impl Turn {

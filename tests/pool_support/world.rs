@@ -175,6 +175,7 @@ impl World {
     pub fn turn(&mut self, calls: usize) {
         let steps = self.plan();
         for step in steps {
+            self.demand.note_taken(&self.state, &step);
             self.apply(step);
         }
         let again = self.plan();
@@ -265,7 +266,7 @@ impl World {
                     ifindex: 1,
                     rx_queues: 2,
                     mtu: 1500,
-                    receive_cores: Vec::new(),
+                    receive_cores: vec![],
                 };
                 let _ = record;
                 return Ok(Answer::Prepared(prepared));

@@ -76,8 +76,10 @@ fn replicas(object: &Value) -> i64 {
     int(object, "/spec/replicas").unwrap_or(1)
 }
 
+/// Available pods that are to stay: the status may not know yet of a size that
+/// was just reduced.
 fn available(set: &Value) -> i64 {
-    int(set, "/status/availableReplicas").unwrap_or(0)
+    int(set, "/status/availableReplicas").unwrap_or(0).min(replicas(set))
 }
 
 fn same_template(deployment: &Value, set: &Value) -> bool {
@@ -194,6 +196,9 @@ pub fn plan(deployment: &Value, new: &Value, old: &[Arc<Value>]) -> Steps {
     let total = before + sizes.iter().sum::<i64>();
     let starting = (before - available(new)).max(0);
     let mut budget = (total - least - starting).max(0);
+    if budget == 0 {
+        return Steps { new: grown, old: sizes };
+    }
     for (size, set) in sizes.iter_mut().zip(old) {
         let broken = (*size - available(set)).max(0).min(budget);
         *size -= broken;

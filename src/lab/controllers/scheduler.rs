@@ -36,7 +36,8 @@ impl Controller for Scheduler {
 
     fn reconcile(&mut self, api: &Registry, ctx: &Ctx, (): &()) -> Result<Option<Duration>, ApiError> {
         let all = api.all(named("Pod"), &Filter::default());
-        let waiting: Vec<_> = all.iter().filter(|pod| waits(pod)).collect();
+        let mut waiting: Vec<_> = all.iter().filter(|pod| waits(pod)).collect();
+        waiting.sort_by_cached_key(|pod| turn(pod));
         if waiting.is_empty() {
             return Ok(None);
         }
@@ -67,6 +68,12 @@ fn waits(pod: &Value) -> bool {
         && text(pod, "/spec/schedulerName") == "default-scheduler"
         && list(pod, "/spec/schedulingGates").is_empty()
         && pods::active(pod)
+}
+
+/// Important pods first, then old ones.
+fn turn(pod: &Value) -> (std::cmp::Reverse<i64>, String, Option<u64>) {
+    let priority = object::int(pod, "/spec/priority").unwrap_or(0);
+    (std::cmp::Reverse(priority), text(pod, "/metadata/creationTimestamp").to_owned(), object::revision(pod))
 }
 
 fn unschedulable(api: &Registry, ctx: &Ctx, pod: &Value, why: &str) -> Result<(), ApiError> {
@@ -226,26 +233,33 @@ impl<'a> Cluster<'a> {
         None
     }
 
-    /// Required anti-affinity of the pod against those in the same topology.
+    /// Required anti-affinity, of the pod against those in the same topology
+    /// and of those against the pod.
     fn repelled(&self, node: &Node<'_>, pod: &Value) -> bool {
-        let terms = list(pod, "/spec/affinity/podAntiAffinity/requiredDuringSchedulingIgnoredDuringExecution");
-        terms.iter().any(|term| {
-            let Some(Ok(selector)) = term.pointer("/labelSelector").map(Labels::from_object) else { return false };
-            let key = text(term, "/topologyKey");
-            let Some(here) = node.labels.and_then(|l| l.get(key)) else { return false };
-            let own = [Value::from(object::namespace(pod))];
-            let named = list(term, "/namespaces");
-            let spaces = if named.is_empty() { &own[..] } else { named };
-            self.nodes
-                .values()
-                .filter(|other| other.labels.and_then(|l| l.get(key)) == Some(here))
-                .flat_map(|other| &other.residents)
-                .any(|resident| {
-                    spaces.iter().any(|space| space == object::namespace(resident))
-                        && selector.matches(object::labels(resident))
-                })
-        })
+        let together = |term: &Value, other: &Node<'_>| {
+            let zone = |node: &Node<'_>| node.labels.and_then(|l| l.get(text(term, "/topologyKey"))).cloned();
+            zone(node).is_some_and(|here| zone(other) == Some(here))
+        };
+        self.nodes.values().flat_map(|other| other.residents.iter().map(move |r| (other, *r))).any(
+            |(other, resident)| {
+                aversions(pod).iter().any(|term| together(term, other) && averse(term, pod, resident))
+                    || aversions(resident).iter().any(|term| together(term, other) && averse(term, resident, pod))
+            },
+        )
     }
+}
+
+fn aversions(pod: &Value) -> &[Value] {
+    list(pod, "/spec/affinity/podAntiAffinity/requiredDuringSchedulingIgnoredDuringExecution")
+}
+
+/// Whether a term of `of` means `other`.
+fn averse(term: &Value, of: &Value, other: &Value) -> bool {
+    let Some(Ok(selector)) = term.pointer("/labelSelector").map(Labels::from_object) else { return false };
+    let named = list(term, "/namespaces");
+    let space = object::namespace(other);
+    let here = if named.is_empty() { space == object::namespace(of) } else { named.iter().any(|n| n == space) };
+    here && selector.matches(object::labels(other))
 }
 
 fn tolerates(pod: &Value, key: &str, value: &str, effect: &str) -> bool {

@@ -81,8 +81,10 @@ impl Kind {
     /// The kind whose table holds the objects: `events.k8s.io` Events are a
     /// second view of core Events.
     pub fn stored(&self) -> &'static Kind {
-        let wanted = if self.group == "events.k8s.io" { ("", "Event") } else { (self.group, self.kind) };
-        KINDS.iter().find(|k| (k.group, k.kind) == wanted).unwrap_or(&KINDS[0])
+        if self.group == "events.k8s.io" {
+            return named(self.kind);
+        }
+        KINDS.iter().find(|k| std::ptr::eq(*k, self)).unwrap_or(&KINDS[0])
     }
 
     /// Check types as the real decoder would; nulls and unknown fields go.
@@ -139,24 +141,28 @@ fn explain(kind: &Kind, value: &Value, error: &serde_json::Error) -> String {
             Some(Value::Array(list)) => (0..list.len().min(200)).map(Step::Index).collect(),
             _ => break,
         };
+        // Without the culprit the object decodes; failing that, it fails in
+        // another way, since a required field is missing now.
+        let mut suspect = None;
         for child in children {
-            let Some(parent) = at(&mut trial, &path) else { break 'descend };
-            let Some(slot) = child.of(parent) else { continue };
-            let kept = slot.take();
-            let cured = match (kind.decode)(&trial) {
-                Ok(_) => true,
-                // Inside a list an emptied element may be refused for itself.
-                Err(e) => e.to_string() != text,
-            };
-            if let Some(slot) = at(&mut trial, &path).and_then(|parent| child.of(parent)) {
-                *slot = kept;
+            let Some(taken) = at(&mut trial, &path).and_then(|parent| child.take(parent)) else { continue };
+            let outcome = (kind.decode)(&trial);
+            if let Some(parent) = at(&mut trial, &path) {
+                child.put_back(parent, taken);
             }
-            if cured {
-                path.push(child);
-                continue 'descend;
+            match outcome {
+                Ok(_) => {
+                    path.push(child);
+                    continue 'descend;
+                }
+                Err(e) if suspect.is_none() && e.to_string() != text && !child.is_type() => suspect = Some(child),
+                Err(_) => {}
             }
         }
-        break;
+        match suspect {
+            Some(child) => path.push(child),
+            None => break,
+        }
     }
     let mut place = String::new();
     for step in &path {
@@ -175,6 +181,27 @@ enum Step {
 }
 
 impl Step {
+    /// Without these nothing decodes.
+    fn is_type(&self) -> bool {
+        matches!(self, Step::Key(key) if key == "apiVersion" || key == "kind")
+    }
+
+    fn take(&self, parent: &mut Value) -> Option<Value> {
+        match (self, parent) {
+            (Step::Key(key), Value::Object(map)) => map.remove(key),
+            (Step::Index(index), Value::Array(list)) if *index < list.len() => Some(list.remove(*index)),
+            _ => None,
+        }
+    }
+
+    fn put_back(&self, parent: &mut Value, value: Value) {
+        match (self, parent) {
+            (Step::Key(key), Value::Object(map)) => drop(map.insert(key.clone(), value)),
+            (Step::Index(index), Value::Array(list)) => list.insert(*index, value),
+            _ => {}
+        }
+    }
+
     fn of<'a>(&self, parent: &'a mut Value) -> Option<&'a mut Value> {
         match self {
             Step::Key(key) => parent.get_mut(key.as_str()),

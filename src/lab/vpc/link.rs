@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use netlink_packet_core::NetlinkMessage;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
-use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage, State};
 use netlink_packet_route::neighbour::NeighbourState;
 use netlink_packet_route::route::{RouteMessage, RouteScope, RouteType};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, MulticastGroup, RouteMessageBuilder};
@@ -67,6 +67,9 @@ pub struct Link {
     pub mac: Option<Mac>,
     pub mtu: u32,
     pub up: bool,
+    /// Up with a carrier, and its queues in use: the kernel gets there some time
+    /// after `up`.
+    pub running: bool,
     pub tx_queues: u32,
     pub rx_queues: u32,
 }
@@ -79,6 +82,7 @@ impl Link {
             mac: None,
             mtu: 0,
             up: message.header.flags.contains(LinkFlags::Up),
+            running: false,
             tx_queues: 0,
             rx_queues: 0,
         };
@@ -87,6 +91,7 @@ impl Link {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
                 LinkAttribute::Address(raw) => link.mac = raw.as_slice().try_into().ok().map(Mac),
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+                LinkAttribute::OperState(state) => link.running = *state == State::Up,
                 LinkAttribute::NumTxQueues(n) => link.tx_queues = *n,
                 LinkAttribute::NumRxQueues(n) => link.rx_queues = *n,
                 _ => {}

@@ -2,13 +2,17 @@
 //! address and mask, default route, loopback. Used for nodes and for the VM.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
+use futures::StreamExt;
 use ipnet::{IpNet, Ipv4Net};
 
-use super::link::{LinkError, Links, Via};
+use super::link::{Link, LinkError, Links, Via};
 use super::ns::Netns;
 use crate::lab::fabric::EniPort;
 use crate::model::Mac;
+
+const CARRIER_WITHIN: Duration = Duration::from_secs(2);
 
 /// The boot configuration of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,7 +48,7 @@ pub async fn boot(ns: &Netns, boot: &Boot) -> Result<String, LinkError> {
         .into_iter()
         .find(|l| l.mac == Some(boot.mac))
         .ok_or_else(|| LinkError::NoLink(format!("{} (hardware address {})", ns.name(), boot.mac)))?;
-    links.set_up(device.index, None).await?;
+    up_and_running(ns, &links, &device).await?;
     if let Some(v4) = boot.v4 {
         links.add_address(device.index, IpNet::V4(v4)).await?;
         let gateway = IpAddr::V4(boot.gateway4);
@@ -56,6 +60,21 @@ pub async fn boot(ns: &Netns, boot: &Boot) -> Result<String, LinkError> {
         links.add_route(IpNet::V6(ipnet::Ipv6Net::default()), Via::Gateway(device.index, IpAddr::V6(gateway))).await?;
     }
     Ok(device.name)
+}
+
+/// Set the device up and wait for its carrier, as network daemons do: what is
+/// sent before is lost, and asked again for only after a second.
+async fn up_and_running(ns: &Netns, links: &Links, device: &Link) -> Result<(), LinkError> {
+    let (_socket, mut events) = Links::watch(ns).await?;
+    links.set_up(device.index, None).await?;
+    let until = tokio::time::Instant::now() + CARRIER_WITHIN;
+    while !links.find(&device.name).await?.running {
+        // Without a carrier it is configured all the same.
+        if tokio::time::timeout_at(until, events.next()).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Loopback up: a new namespace has it down.

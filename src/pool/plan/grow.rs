@@ -13,19 +13,21 @@ use crate::pool::step::Step;
 
 impl Planner<'_> {
     pub(super) fn grow(&mut self) {
-        self.grow_exclusive(0);
+        self.grow_exclusive(None);
         self.grow_shared();
-        self.grow_exclusive(self.config.idle_exclusive);
+        self.grow_exclusive(Some(self.config.idle_exclusive));
         self.pair();
     }
 
-    fn grow_exclusive(&mut self, stock: u32) {
+    /// Pods come first, the stock last: for it no other ENI has to go.
+    fn grow_exclusive(&mut self, stock: Option<u32>) {
         let waiting = self.waiting(Purpose::Exclusive);
         let demand = waiting + self.expected(Purpose::Exclusive);
-        let need = self.supply(Purpose::Exclusive).shortage(demand, stock, stock);
+        let low = stock.unwrap_or(0);
+        let need = self.supply(Purpose::Exclusive).shortage(demand, low, low);
         for _ in 0..need {
             if self.free_places() == 0 {
-                if waiting > 0 {
+                if waiting > 0 && stock.is_none() {
                     self.make_room(Purpose::Shared);
                 }
                 return;

@@ -77,20 +77,10 @@ pub fn track(old: Option<&Value>, new: &mut Value, writer: Writer<'_>) {
         None => old.map(entries).unwrap_or_default(),
     };
     let now = Fields::of(new);
-    let mut changed = Fields::default();
-    for path in now.members() {
-        let before = old.and_then(|old| fields::lookup(old, &path));
-        // Items of keyed lists are members too: they count when they appear.
-        let item = path.last().is_some_and(|step| step.starts_with("k:"));
-        let same = match before {
-            None => false,
-            Some(_) if item => true,
-            Some(before) => Some(before) == fields::lookup(new, &path),
-        };
-        if !same {
-            insert(&mut changed, &path);
-        }
-    }
+    let changed = match old {
+        None => now.clone(),
+        Some(old) => differing(&now, old, new),
+    };
     for entry in &mut known {
         let mine =
             entry.operation == "Update" && entry.manager == writer.manager && entry.subresource == writer.subresource;
@@ -105,6 +95,24 @@ pub fn track(old: Option<&Value>, new: &mut Value, writer: Writer<'_>) {
         own(&mut known, writer, "Update", |fields| fields.union(&changed));
     }
     store(new, known);
+}
+
+/// The fields of `now` that `new` has otherwise than `old`.
+fn differing(now: &Fields, old: &Value, new: &Value) -> Fields {
+    let mut changed = Fields::default();
+    for path in now.members() {
+        // Items of keyed lists are members too: they count when they appear.
+        let item = path.last().is_some_and(|step| step.starts_with("k:"));
+        let same = match fields::lookup(old, &path) {
+            None => false,
+            Some(_) if item => true,
+            before => before == fields::lookup(new, &path),
+        };
+        if !same {
+            insert(&mut changed, &path);
+        }
+    }
+    changed
 }
 
 fn own(known: &mut Vec<Entry>, writer: Writer<'_>, operation: &str, change: impl FnOnce(&mut Fields)) {

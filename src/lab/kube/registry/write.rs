@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::{Ctx, Registry, State, Validation};
 use crate::lab::kube::error::ApiError;
@@ -279,7 +279,7 @@ impl Registry {
         // A binding changes what nobody else may change.
         let reference = (sub != Sub::Binding).then_some(&*old);
         self.complete(state, kind, reference, &mut new)?;
-        if kind.generation && without_status(&new) != without_status(&old) {
+        if kind.generation && !same_but(Some(&old), Some(&new), &["metadata", "status"]) {
             let generation = object::int(&old, "/metadata/generation").unwrap_or(0) + 1;
             metadata(&mut new).insert("generation".into(), generation.into());
         }
@@ -478,32 +478,21 @@ fn own(ctx: &Ctx, kind: &Kind, sub: Sub, old: Option<&Value>, new: &mut Value) {
     apply::track(old, new, writer);
 }
 
-fn without_status(object: &Value) -> Map<String, Value> {
-    let mut map = object.as_object().cloned().unwrap_or_default();
-    map.remove("status");
-    map.remove("metadata");
-    map
+/// The same entries, but for these keys.
+fn same_but(old: Option<&Value>, new: Option<&Value>, except: &[&str]) -> bool {
+    let (Some(Value::Object(a)), Some(Value::Object(b))) = (old, new) else { return old == new };
+    let counted = |key: &&String| !except.contains(&key.as_str());
+    a.keys().filter(counted).count() == b.keys().filter(counted).count()
+        && a.iter().filter(|(key, _)| counted(key)).all(|(key, value)| b.get(key) == Some(value))
 }
 
 /// Equal, but for who last owned what when.
 fn same(old: &Value, new: &Value) -> bool {
-    let bare = |object: &Value| {
-        let mut meta = object.get("metadata").and_then(Value::as_object).cloned().unwrap_or_default();
-        let owners = meta.remove("managedFields").unwrap_or_default();
-        let owners: Vec<Value> = owners
-            .as_array()
-            .into_iter()
-            .flatten()
-            .map(|entry| json!([entry.get("manager"), entry.get("operation"), entry.get("fieldsV1")]))
-            .collect();
-        (meta, owners)
-    };
-    let rest = |object: &Value| {
-        let mut map = object.as_object().cloned().unwrap_or_default();
-        map.remove("metadata");
-        map
-    };
-    bare(old) == bare(new) && rest(old) == rest(new)
+    let (a, b) = (object::list(old, "/metadata/managedFields"), object::list(new, "/metadata/managedFields"));
+    same_but(Some(old), Some(new), &["metadata"])
+        && same_but(old.get("metadata"), new.get("metadata"), &["managedFields"])
+        && a.len() == b.len()
+        && a.iter().zip(b).all(|(a, b)| same_but(Some(a), Some(b), &["time"]))
 }
 
 fn check_namespace(state: &State, kind: &Kind, namespace: &str, name: &str) -> Result<(), ApiError> {
