@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::cloud::{self, CloudConfig, CloudLab, Listeners, RegisterInstance};
 use super::kube::{KubeConfig, KubeLab, kubeconfig};
-use super::kubelet::api::{KubeApi, node_object};
+use super::kubelet::api::{KubeApi, NoPods, PodSource, node_object};
 use super::kubelet::{Kubelet, KubeletConfig};
 use super::node::agent::AgentSpec;
 use super::node::{Node, down};
@@ -60,6 +60,9 @@ pub struct SiteConfig {
     /// The reference plugins' folder, to chain `portmap` after Fairway.
     pub plugins: Option<PathBuf>,
     pub cni_version: String,
+    /// Whether the kubelets run the pods bound to their nodes; otherwise the
+    /// caller makes their CNI calls.
+    pub runs_pods: bool,
 }
 
 impl SiteConfig {
@@ -90,6 +93,7 @@ impl SiteConfig {
             shim,
             plugins: plugins.join("portmap").exists().then(|| plugins.to_owned()),
             cni_version: "1.0.0".to_owned(),
+            runs_pods: true,
         })
     }
 }
@@ -239,11 +243,12 @@ impl Site {
         let api = KubeApi::new(client, &spec.name);
         let provider = format!("{}.{instance}", self.config.cloud.region);
         api.register(&node_object(&spec.name, &addresses, &registered.instance.zone, &provider, 256)).await?;
+        let pods: &dyn PodSource = if self.config.runs_pods { &api.clone() } else { &NoPods };
         let kubelet = Kubelet::start(
             KubeletConfig::new(&spec.name, addresses.clone(), dirs.clone()),
             node.ns(),
             node.spawner(),
-            &api.clone(),
+            pods,
             Arc::new(api),
         );
         Ok(SiteNode { name: spec.name.clone(), instance, addresses, node, kubelet })
