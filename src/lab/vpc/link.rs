@@ -166,10 +166,10 @@ impl Links {
     }
 
     async fn subscribe(ns: &Netns, group: MulticastGroup) -> Result<(Self, Events), LinkError> {
-        let (connection, handle, events) = ns
-            .run_async(move || rtnetlink::new_multicast_connection(&[group]))
-            .await?
-            .map_err(|cause| LinkError::Netlink { what: "open netlink socket".into(), cause })?;
+        let (connection, handle, events) =
+            ns.run_async(move || rtnetlink::new_multicast_connection(&[group]))
+                .await?
+                .map_err(|cause| LinkError::Netlink { what: "open netlink socket".into(), cause })?;
         tokio::spawn(connection);
         Ok((Self { handle }, events))
     }
