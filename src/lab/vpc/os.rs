@@ -60,6 +60,7 @@ pub async fn boot(ns: &Netns, boot: &Boot) -> Result<String, LinkError> {
         links.add_address(device.index, IpNet::from(IpAddr::V6(v6))).await?;
         links.add_route(IpNet::from(IpAddr::V6(gateway)), Via::Link(device.index)).await?;
         links.add_route(IpNet::V6(ipnet::Ipv6Net::default()), Via::Gateway(device.index, IpAddr::V6(gateway))).await?;
+        link::wait_local(ns, v6, CARRIER_WITHIN).await?;
     }
     Ok(device.name)
 }
