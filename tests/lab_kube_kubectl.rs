@@ -14,6 +14,7 @@ use support::{kubelet, node, skipped, start, until};
 
 struct Kubectl {
     program: PathBuf,
+    minor: u32,
     home: tempfile::TempDir,
 }
 
@@ -23,13 +24,15 @@ impl Kubectl {
         let program = PathBuf::from(std::env::var_os("FAIRWAY_KUBECTL").unwrap_or_else(|| "kubectl".into()));
         let home = tempfile::tempdir().unwrap();
         std::fs::write(home.path().join("config"), kubeconfig(address)).unwrap();
-        let mut version = Command::new(&program);
-        version.args(["version", "--client"]).env("HOME", home.path()).stdout(Stdio::null()).stderr(Stdio::null());
-        if !version.status().is_ok_and(|status| status.success()) {
+        let version =
+            Command::new(&program).args(["version", "--client", "-o", "json"]).env("HOME", home.path()).output();
+        let Some(version) = version.ok().filter(|output| output.status.success()) else {
             skipped(test, "no kubectl in the path");
             return None;
-        }
-        Some(Self { program, home })
+        };
+        let version: Value = serde_json::from_slice(&version.stdout).unwrap();
+        let minor = version["clientVersion"]["minor"].as_str().unwrap().trim_end_matches('+').parse().unwrap();
+        Some(Self { program, minor, home })
     }
 
     fn run(&self, arguments: &[&str], input: &str) -> Output {
@@ -187,7 +190,29 @@ async fn single_commands_do_what_they_say() {
     kubectl.fed(&["apply", "--dry-run=server", "-f", "-"], &made.replace("made", "dry")).await;
     let none = kubectl.refused(&["get", "configmap", "dry", "-n", "shop"], "").await;
     assert!(none.contains("NotFound"), "{none}");
-    assert!(kubectl.ok(&["explain", "deployment"]).await.contains("Deployment"));
+    // Without a file: from 1.32 on in protobuf.
+    for what in [
+        &["namespace", "two"][..],
+        &["configmap", "typed", "--from-literal=a=b", "-n", "shop"],
+        &["secret", "generic", "typed", "--from-literal=password=x", "-n", "shop"],
+        &["serviceaccount", "typed", "-n", "shop"],
+        &["deployment", "typed", "--image=typed:1", "--replicas=0", "--port=80", "-n", "shop"],
+        &["service", "clusterip", "typed", "--tcp=80:8080", "-n", "shop"],
+    ] {
+        kubectl.ok(&[&["create"], what].concat()).await;
+    }
+    let made = |kind: &str| lab.get(kind, "shop", "typed").unwrap_or_else(|| panic!("no {kind}"));
+    assert_eq!(made("ConfigMap")["data"], json!({"a": "b"}));
+    assert_eq!(made("Secret")["data"], json!({"password": "eA=="}));
+    assert_eq!(made("Service")["spec"]["ports"][0]["targetPort"], 8080);
+    let typed = made("Deployment");
+    assert_eq!(typed["spec"]["replicas"], 0);
+    assert_eq!(typed["spec"]["template"]["spec"]["containers"][0]["image"], "typed:1");
+    assert_eq!(typed["spec"]["template"]["spec"]["containers"][0]["ports"][0]["containerPort"], 80);
+    if kubectl.minor >= 27 {
+        // Older ones want whole schemas for this, in protobuf.
+        assert!(kubectl.ok(&["explain", "deployment"]).await.contains("Deployment"));
+    }
     assert!(kubectl.ok(&["api-resources"]).await.contains("endpointslices"));
     kubectl.ok(&["cordon", "n1"]).await;
     let drained = kubectl.ok(&["drain", "n1", "--ignore-daemonsets", "--timeout=30s"]).await;
@@ -200,7 +225,7 @@ async fn mistakes_in_manifests_are_named() {
     let (lab, address) = start(KubeConfig { controllers: false, ..KubeConfig::default() });
     let Some(kubectl) = Kubectl::new("mistakes_in_manifests_are_named", address) else { return };
     let good = std::fs::read_to_string(manifest("shop.yaml")).unwrap();
-    kubectl.fed(&["create", "-f", "-"], "{apiVersion: v1, kind: Namespace, metadata: {name: shop}}").await;
+    kubectl.fed(&["create", "-f", "-"], "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n").await;
     for (from, to, complaint) in [
         ("replicas: 3", "replicas: three", "replicas"),
         ("containerPort: 8080", "containerPort: 808080", "must be between 1 and 65535"),

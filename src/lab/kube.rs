@@ -10,7 +10,7 @@
 //! - [`http`]: paths, formats, watches
 //! - [`kind`]: the table of kinds; [`defaults`], [`validate`], [`services`]: admission
 //! - [`patch`]: JSON, merge and strategic patches, server-side apply
-//! - [`selector`], [`table`], [`discovery`], [`openapi`]
+//! - [`selector`], [`table`], [`discovery`], [`openapi`], [`protobuf`]
 
 pub mod defaults;
 pub mod discovery;
@@ -21,6 +21,7 @@ pub mod kind;
 pub mod object;
 pub mod openapi;
 pub mod patch;
+pub mod protobuf;
 pub mod quantity;
 pub mod registry;
 pub mod selector;

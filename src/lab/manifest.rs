@@ -71,6 +71,7 @@ fn options() -> Options {
             max_aliases: 10_000,
             max_anchors: 10_000,
         },
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 100_000 },
         legacy_octal_numbers: true,
     }
 }

@@ -142,15 +142,13 @@ fn explain(kind: &Kind, value: &Value, error: &serde_json::Error) -> String {
             _ => break,
         };
         // Without the culprit the object decodes; failing that, it fails in
-        // another way: an emptied list element may be refused for itself.
+        // another way, since a required field is missing now.
         let mut suspect = None;
         for child in children {
-            let Some(parent) = at(&mut trial, &path) else { break 'descend };
-            let Some(slot) = child.of(parent) else { continue };
-            let kept = slot.take();
+            let Some(taken) = at(&mut trial, &path).and_then(|parent| child.take(parent)) else { continue };
             let outcome = (kind.decode)(&trial);
-            if let Some(slot) = at(&mut trial, &path).and_then(|parent| child.of(parent)) {
-                *slot = kept;
+            if let Some(parent) = at(&mut trial, &path) {
+                child.put_back(parent, taken);
             }
             match outcome {
                 Ok(_) => {
@@ -186,6 +184,22 @@ impl Step {
     /// Without these nothing decodes.
     fn is_type(&self) -> bool {
         matches!(self, Step::Key(key) if key == "apiVersion" || key == "kind")
+    }
+
+    fn take(&self, parent: &mut Value) -> Option<Value> {
+        match (self, parent) {
+            (Step::Key(key), Value::Object(map)) => map.remove(key),
+            (Step::Index(index), Value::Array(list)) if *index < list.len() => Some(list.remove(*index)),
+            _ => None,
+        }
+    }
+
+    fn put_back(&self, parent: &mut Value, value: Value) {
+        match (self, parent) {
+            (Step::Key(key), Value::Object(map)) => drop(map.insert(key.clone(), value)),
+            (Step::Index(index), Value::Array(list)) => list.insert(*index, value),
+            _ => {}
+        }
     }
 
     fn of<'a>(&self, parent: &'a mut Value) -> Option<&'a mut Value> {

@@ -112,14 +112,37 @@ pub fn v2() -> Value {
            "definitions": definitions})
 }
 
-/// `/openapi/v2` in the protobuf form that `kubectl` before 1.27 insists on: a
-/// `Document` that says its version and nothing else. Without definitions such
-/// a `kubectl` checks nothing itself and merges by what it has built in.
+/// `/openapi/v2` in the protobuf form that `kubectl` before 1.27 insists on:
+/// which kinds know `dryRun`, and no definitions, so that such a `kubectl`
+/// checks nothing itself and merges by what it has built in.
 pub fn v2_protobuf() -> Vec<u8> {
-    fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
-        // Wire type 2; every length here is below 128.
-        [&[number << 3 | 2, bytes.len() as u8], bytes].concat()
-    }
     let info = [field(1, b"Kubernetes"), field(2, b"v1.33.0")].concat();
-    [field(1, b"2.0"), field(2, &info)].concat()
+    // Parameter > NonBodyParameter > QueryParameterSubSchema
+    let query = [field(2, b"query"), field(4, b"dryRun")].concat();
+    let parameter = field(1, &field(2, &field(3, &query)));
+    let paths: Vec<u8> = KINDS
+        .iter()
+        .flat_map(|kind| {
+            let gvk = format!("group: \"{}\"\nversion: {}\nkind: {}\n", kind.group, kind.version, kind.kind);
+            let extension =
+                [field(1, b"x-kubernetes-group-version-kind"), field(2, &field(2, gvk.as_bytes()))].concat();
+            let patch = field(8, &[field(8, &parameter), field(13, &extension)].concat());
+            let (path, _) = operations(kind);
+            field(2, &[field(1, path.as_bytes()), field(2, &patch)].concat())
+        })
+        .collect();
+    [field(1, b"2.0"), field(2, &info), field(8, &paths)].concat()
+}
+
+/// A field of bytes (wire type 2).
+fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
+    let mut out = vec![number << 3 | 2];
+    let mut length = bytes.len();
+    while length >= 0x80 {
+        out.push(length as u8 | 0x80);
+        length >>= 7;
+    }
+    out.push(length as u8);
+    out.extend(bytes);
+    out
 }

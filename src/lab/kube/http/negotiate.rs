@@ -4,6 +4,7 @@ use http::{HeaderMap, header};
 use serde_json::Value;
 
 use crate::lab::kube::error::ApiError;
+use crate::lab::kube::protobuf::{self, ProtobufError};
 use crate::lab::kube::registry::{PatchKind, Validation};
 use crate::lab::kube::table::Include;
 use crate::lab::manifest;
@@ -166,6 +167,10 @@ pub fn body(headers: &HeaderMap, body: &[u8]) -> Result<Value, ApiError> {
         _ if body.is_empty() => Ok(Value::Null),
         "application/json" | "" => json(body),
         "application/yaml" | "application/x-yaml" | "text/yaml" => yaml(body),
+        "application/vnd.kubernetes.protobuf" => protobuf::decode(body).map_err(|error| match error {
+            ProtobufError::Malformed(_) => ApiError::bad_request(error.to_string()),
+            _ => ApiError::new(415, "UnsupportedMediaType", error.to_string()),
+        }),
         other => Err(ApiError::unsupported_body(other)),
     }
 }
