@@ -9,6 +9,7 @@ mod cloud;
 mod node;
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use cloud::{Chaos, ModelCloud};
@@ -314,6 +315,7 @@ fn on_a_real_ledger_leases_survive_a_restart_and_a_damaged_one_is_rebuilt() {
 async fn script(node: Node, mut agent: Agent, seed: u64, mut died: impl AsyncFnMut(&Node, Agent) -> Agent) -> Agent {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut alive: BTreeSet<u32> = BTreeSet::new();
+    let mut rounds_after_death = 3;
     for round in 0..14u32 {
         // Trouble of this round.
         match round {
@@ -386,6 +388,13 @@ async fn script(node: Node, mut agent: Agent, seed: u64, mut died: impl AsyncFnM
         let pause = if round % 4 == 3 { 700 } else { 5 };
         tokio::time::sleep(Duration::from_secs(pause)).await;
         agent = died(&node, agent).await;
+        // One death is enough for those who look for one.
+        if node.died_once.load(Ordering::Relaxed) {
+            rounds_after_death -= 1;
+            if rounds_after_death == 0 {
+                break;
+            }
+        }
     }
     node.cloud.0.lock().chaos = Chaos::default();
     agent
@@ -453,6 +462,7 @@ fn die_at(steps: impl Iterator<Item = &'static str>) {
                             return agent;
                         }
                         died = true;
+                        node.died_once.store(true, Ordering::Relaxed);
                         node.kill();
                         node.store.stop_at(FailPoint::default());
                         node.start().await

@@ -224,6 +224,7 @@ impl Site {
             .await?;
         let primary = registered.primary;
         node.boot(&Boot::from(&primary)).await?;
+        self.vpc.settled(&primary.eni_id).await?;
         let addresses: Vec<IpAddr> =
             primary.v4.iter().map(|a| IpAddr::V4(*a)).chain(primary.v6.iter().map(|a| IpAddr::V6(*a))).collect();
 

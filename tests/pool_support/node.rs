@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use fairway::actor::{ChildPolicy, Deadline, Handle, Message, Placement, Port, Registry, Tree};
@@ -44,6 +44,8 @@ pub struct Node {
     pub snapshots: watch::Sender<Arc<PoolSnapshot>>,
     /// Where sandboxes' namespaces are; files stand for them.
     pub netns: Arc<tempfile::TempDir>,
+    /// Set by tests of a single death.
+    pub died_once: Arc<AtomicBool>,
     /// Promises broken where a panic would go unseen.
     pub violations: Arc<Mutex<Vec<String>>>,
     /// Lives of the agent: a dead one's calls come to nothing.
@@ -69,6 +71,7 @@ impl Node {
             elected: watch::Sender::new(false),
             snapshots: watch::Sender::new(Arc::default()),
             netns: Arc::new(tempfile::tempdir().unwrap()),
+            died_once: Arc::default(),
             violations: Arc::default(),
             life: Arc::default(),
         }

@@ -175,6 +175,7 @@ impl World {
     pub fn turn(&mut self, calls: usize) {
         let steps = self.plan();
         for step in steps {
+            self.demand.note_taken(&self.state, &step);
             self.apply(step);
         }
         let again = self.plan();
@@ -255,7 +256,6 @@ impl World {
             }
             Work::Attach { key } => cloud.call("attach", |c| c.attach(&id(key))).map(|()| Answer::Done),
             Work::Prepare { key } => {
-                let record = record(key);
                 let attached = cloud.0.lock().enis.get(&id(key)).is_some_and(|e| e.instance.is_some());
                 if !attached {
                     return Err(Trouble::Kernel(format!("no device for {key} yet")));
@@ -265,9 +265,8 @@ impl World {
                     ifindex: 1,
                     rx_queues: 2,
                     mtu: 1500,
-                    receive_cores: Vec::new(),
+                    receive_cores: vec![],
                 };
-                let _ = record;
                 return Ok(Answer::Prepared(prepared));
             }
             Work::AssignIpv4 { key } => {
