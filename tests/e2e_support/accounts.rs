@@ -89,7 +89,6 @@ impl Lab {
         let mut theirs: BTreeMap<IpAddr, u32> = BTreeMap::new();
         for eni in &cloud {
             let addresses = eni.v4.iter().map(|ip| IpAddr::V4(*ip)).chain(eni.v6.iter().map(|ip| IpAddr::V6(*ip)));
-            // An ENI's own first address serves the node unless it is a pod's alone.
             addresses.for_each(|ip| *theirs.entry(ip).or_default() += 1);
         }
         let ours: BTreeSet<IpAddr> = pool
@@ -97,11 +96,10 @@ impl Lab {
             .iter()
             .flat_map(|a| std::iter::once(IpAddr::V4(a.v4)).chain(a.v6.map(IpAddr::V6)))
             .collect();
-        let primaries: BTreeSet<IpAddr> = cloud.iter().filter_map(|e| e.v4.first().map(|ip| IpAddr::V4(*ip))).collect();
         theirs.iter().filter(|(_, n)| **n > 1).for_each(|(ip, n)| wrong(format!("{ip} is assigned {n} times")));
         theirs
             .keys()
-            .filter(|ip| !ours.contains(ip) && !primaries.contains(ip))
+            .filter(|ip| !ours.contains(ip))
             .for_each(|ip| wrong(format!("{ip}: in the cloud, not in the ledger")));
         ours.iter()
             .filter(|ip| !theirs.contains_key(ip))
@@ -134,10 +132,15 @@ impl Lab {
 
         // The kernel: nothing but what these leases need.
         let devices: BTreeSet<String> = cloud.iter().map(|e| e.mac.to_string()).collect();
-        let in_pods: BTreeSet<String> = pods
+        let exclusive: Vec<&Eni> =
+            cloud.iter().filter(|e| e.tags.get("fairway.io/purpose").is_some_and(|p| p == "exclusive")).collect();
+        let of_exclusive: BTreeSet<IpAddr> = exclusive
             .iter()
-            .filter(|p| p.ips.first().is_some_and(|ip| primaries.contains(ip)))
-            .filter_map(|p| p.ips.first().and_then(|ip| cloud.iter().find(|e| e.v4.first().map(|a| IpAddr::V4(*a)) == Some(*ip))))
+            .flat_map(|e| e.v4.iter().map(|ip| IpAddr::V4(*ip)).chain(e.v6.iter().map(|ip| IpAddr::V6(*ip))))
+            .collect();
+        let in_pods: BTreeSet<String> = exclusive
+            .iter()
+            .filter(|e| e.v4.iter().any(|ip| held.contains_key(&IpAddr::V4(*ip))))
             .map(|e| e.mac.to_string())
             .collect();
         let expected: BTreeSet<String> = devices.difference(&in_pods).cloned().collect();
@@ -147,16 +150,9 @@ impl Lab {
         if kernel.links.len() != pods.len() {
             wrong(format!("host links {:?} for {} pods", kernel.links, pods.len()));
         }
-        let shared: BTreeSet<IpAddr> = held.keys().filter(|ip| ip.is_ipv6() || !primaries.contains(ip)).copied().collect();
-        let exclusive6: BTreeSet<IpAddr> = pods
-            .iter()
-            .filter(|p| p.ips.first().is_some_and(|ip| primaries.contains(ip)))
-            .flat_map(|p| p.ips.iter().copied())
-            .collect();
-        let want_rules: BTreeSet<IpAddr> = shared.difference(&exclusive6).copied().collect();
-        let node_rules: BTreeSet<IpAddr> = kernel.ruled.iter().filter(|ip| !primaries.contains(ip)).copied().collect();
-        if node_rules != want_rules {
-            wrong(format!("rules for {node_rules:?}, pods in veth mode {want_rules:?}"));
+        let want_rules: BTreeSet<IpAddr> = held.keys().filter(|ip| !of_exclusive.contains(ip)).copied().collect();
+        if kernel.ruled != want_rules {
+            wrong(format!("rules for {:?}, pods in veth mode {want_rules:?}", kernel.ruled));
         }
         let allowed: BTreeSet<IpAddr> = held.keys().copied().collect();
         kernel

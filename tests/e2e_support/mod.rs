@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod accounts;
+pub mod direct;
 pub mod pods;
 
 use std::time::Duration;
