@@ -52,6 +52,7 @@ use crate::netns;
 pub use audit::AuditReport;
 pub use config::{Config, VSwitchPolicy};
 pub use demand::{BoundPod, BoundPods};
+pub use desk::die;
 pub use ledger::LedgerReport;
 pub use snapshot::PoolSnapshot;
 
@@ -225,7 +226,7 @@ pub struct Pool {
     desk: desk::DeskHandle,
     clock: Clock,
 
-    /// Equal to what is on disk, but for `unwritten`.
+    /// Equal to what is on disk.
     state: State,
     report: LedgerReport,
     ledger_error: Option<String>,
@@ -237,11 +238,6 @@ pub struct Pool {
     committing: bool,
     /// Something came while a turn could not be taken.
     again: bool,
-    /// Names of the steps that are in the state and not in the ledger yet.
-    unwritten: Vec<&'static str>,
-    /// Brings them there.
-    writer: Option<crate::actor::Timer>,
-    write_now: bool,
     waker: Option<crate::actor::Timer>,
     expiry: Option<crate::actor::Timer>,
     publishing: bool,

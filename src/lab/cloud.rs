@@ -190,6 +190,17 @@ impl CloudLab {
         }
     }
 
+    /// An action of the API done by somebody else with the account: no
+    /// signature, no throttling, no injected fault, not in the call log.
+    pub async fn operate(&self, action: &str, params: &[(&str, &str)]) -> Result<serde_json::Value, ApiError> {
+        let api = actions::Api::find(action, "2014-05-26")?;
+        let region = ("RegionId".to_owned(), self.engine.config.region.clone());
+        let given = params.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let params = params::Params::new(std::iter::once(region).chain(given))?;
+        let engine = self.engine.clone();
+        self.spawn(async move { actions::perform(&engine, api, &params).await }).await
+    }
+
     /// Broken invariants of the cloud itself and failures of the packet side;
     /// empty is good.
     pub fn audit(&self) -> Vec<String> {

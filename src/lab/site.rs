@@ -63,6 +63,10 @@ pub struct SiteConfig {
     /// Whether the kubelets run the pods bound to their nodes; otherwise the
     /// caller makes their CNI calls.
     pub runs_pods: bool,
+    /// How often kubelets ask STATUS; containerd: every five seconds.
+    pub status_interval: Duration,
+    /// First and longest pause of a kubelet between tries.
+    pub backoff: (Duration, Duration),
 }
 
 impl SiteConfig {
@@ -94,6 +98,8 @@ impl SiteConfig {
             plugins: plugins.join("portmap").exists().then(|| plugins.to_owned()),
             cni_version: "1.0.0".to_owned(),
             runs_pods: true,
+            status_interval: Duration::from_secs(5),
+            backoff: (Duration::from_secs(1), Duration::from_secs(10)),
         })
     }
 }
@@ -224,6 +230,7 @@ impl Site {
             .await?;
         let primary = registered.primary;
         node.boot(&Boot::from(&primary)).await?;
+        self.vpc.settled(&primary.eni_id).await?;
         let addresses: Vec<IpAddr> =
             primary.v4.iter().map(|a| IpAddr::V4(*a)).chain(primary.v6.iter().map(|a| IpAddr::V6(*a))).collect();
 
@@ -245,7 +252,11 @@ impl Site {
         api.register(&node_object(&spec.name, &addresses, &registered.instance.zone, &provider, 256)).await?;
         let pods: &dyn PodSource = if self.config.runs_pods { &api.clone() } else { &NoPods };
         let kubelet = Kubelet::start(
-            KubeletConfig::new(&spec.name, addresses.clone(), dirs.clone()),
+            KubeletConfig {
+                status_interval: self.config.status_interval,
+                backoff: self.config.backoff,
+                ..KubeletConfig::new(&spec.name, addresses.clone(), dirs.clone())
+            },
             node.ns(),
             node.spawner(),
             pods,
@@ -300,7 +311,9 @@ impl Site {
         for node in &self.nodes {
             let mut network = node.kubelet.network();
             let ready = tokio::time::timeout(patience, network.wait_for(Result::is_ok)).await;
-            if !matches!(ready, Ok(Ok(_))) {
+            // The borrowed value holds a lock against the kubelet: not over a wait.
+            let ready = ready.is_ok_and(|network| network.is_ok());
+            if !ready {
                 let why = node.kubelet.network().borrow().clone().err().unwrap_or_default();
                 let log = node.node.dirs().agent_log.clone();
                 bail!("node {} is not ready: {why}\n{}", node.name, tail(&log, 15));

@@ -11,7 +11,7 @@ use super::desk::{Desk, eni_fault, remedy};
 use super::message::{self, Devices};
 use super::names::eni_table;
 use super::nl::NlError;
-use super::objects::{Dev, Key, LinkKind, MAIN, Selector, Setting, Side, State, Value};
+use super::objects::{Dev, Key, LinkKind, MAIN, Setting, Side, State, Value};
 use super::plan::{self, Op};
 use super::read::{self, Device};
 use super::{PreparedEni, WireError, queues, site};
@@ -74,8 +74,9 @@ impl Desk {
                 // The node's own device: only our table was ours.
                 Ok(true) => {}
                 Ok(false) => {
-                    let own = Key::Address(Dev::Eni, IpAddr::V4(eni.primary4).into());
-                    message::delete(&own, &Value::Address, &devices, &mut remove);
+                    for a in read::addresses(&mut self.nl, device.index).unwrap_or_default() {
+                        message::delete(&Key::Address(Dev::Eni, a.net), &Value::Address, &devices, &mut remove);
+                    }
                     remove.push(message::link_down(&device.name, device.index));
                 }
             }
@@ -116,7 +117,8 @@ impl Desk {
     fn apply_eni(&mut self, eni: &EniRef, device: &Device, dual: bool) -> Result<(), NlError> {
         let config = &self.shared.clone().config;
         let primary = self.is_primary(eni, device)?;
-        let desired = plan::desired_eni(config, eni, primary, dual);
+        let node4 = self.node4(eni)?;
+        let desired = plan::desired_eni(config, eni, primary, dual, node4);
         let mut devices = Devices::default();
         devices.set(Dev::Eni, device.index, &device.name);
         let actual = self.read_eni(eni, device, &devices, &desired)?;
@@ -176,12 +178,14 @@ impl Desk {
             let value = Value::Route { dev, via: p.via, source: p.source };
             state.insert(Key::Route(Side::Node, table, p.to), value);
         }
-        for r in read::rules(&mut self.nl)? {
-            if r.selector == Selector::From(eni.primary4.into()) {
-                state.insert(Key::Rule(r.priority, r.selector), Value::Rule(r.table));
-            }
-        }
         Ok(state)
+    }
+
+    /// The node's own address towards the VPC.
+    fn node4(&mut self, eni: &EniRef) -> Result<Option<std::net::Ipv4Addr>, NlError> {
+        let answers = self.nl.all(vec![message::route_lookup(eni.subnet.gateway4.into())])?;
+        let source = answers.first().and_then(|a| read::first_path(a)).and_then(|p| p.source);
+        Ok(source.and_then(|ip| if let IpAddr::V4(v4) = ip { Some(v4) } else { None }))
     }
 
     /// Whether the node's OS runs this device: it has the ENI's own address with

@@ -6,7 +6,6 @@
 //! so) counts as a change of everything: whoever waits looks again.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -19,8 +18,8 @@ use rtnetlink::{Handle, IpVersion, MulticastGroup};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::names::{eni_table, is_host_link};
-use super::objects::{MAIN, Selector};
+use super::names::is_host_link;
+use super::objects::MAIN;
 use super::read::{self, Device};
 use super::{Config, KernelInventory};
 use crate::model::Mac;
@@ -143,13 +142,7 @@ pub(super) async fn inventory(handle: Handle, config: &Config) -> Result<KernelI
         let host_route = |p: &read::Path| p.ours && p.table == MAIN && p.to.prefix_len() == p.to.max_prefix_len();
         found.routed.extend(routes.filter(host_route).map(|p| p.to.addr()));
         let rules: Vec<_> = handle.rule().get(family).execute().try_collect().await?;
-        // An ENI's own address leads into its own table: no pod's.
-        let of_eni = |r: &read::Rule| match r.selector {
-            Selector::From(IpAddr::V4(ip)) => r.table == eni_table(config.table_base, ip),
-            _ => false,
-        };
-        let pods = rules.iter().filter_map(read::rule).filter(|r| !of_eni(r));
-        found.ruled.extend(pods.map(|r| r.selector.address()));
+        found.ruled.extend(rules.iter().filter_map(read::rule).map(|r| r.selector.address()));
     }
     found.ruled.sort();
     found.ruled.dedup();

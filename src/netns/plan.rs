@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::names::{self, LinkNames};
-use super::objects::{Dev, Key, Link, LinkKind, Selector, Setting, Side, State, TokenBucket, Value, on, points_at};
+use super::objects::{Dev, Key, Link, LinkKind, Setting, Side, State, TokenBucket, Value, on, points_at};
 use super::{Config, exclusive, veth};
 use crate::model::{AttachMode, EniRef, Lease, Mac};
 
@@ -51,9 +51,11 @@ pub fn desired(config: &Config, lease: &Lease, facts: &Facts) -> State {
 /// The node's side of a shared ENI.
 ///
 /// `primary` is the node's own network device: its addresses and its router
-/// advertisements belong to the node's OS.
-pub fn desired_eni(config: &Config, eni: &EniRef, primary: bool, dual: bool) -> State {
-    let table = names::eni_table(config.table_base, eni.primary4);
+/// advertisements belong to the node's OS. None of the ENI's addresses is the
+/// node's: the first one, too, is leased to pods. The device carries `node4`
+/// instead, for reverse-path checks want an address on it, and so that ARP for
+/// the gateway does not carry one that a pod has.
+pub fn desired_eni(config: &Config, eni: &EniRef, primary: bool, dual: bool, node4: Option<Ipv4Addr>) -> State {
     let mut state = State::new();
     let link = Link { kind: LinkKind::Given, mac: None, mtu: config.mtu, up: true };
     state.insert(Key::Link(Dev::Eni), Value::Link(link));
@@ -68,10 +70,10 @@ pub fn desired_eni(config: &Config, eni: &EniRef, primary: bool, dual: bool) -> 
             state.insert(Key::Setting(Dev::Eni, Setting::AcceptDad), Value::Setting(0));
         }
         state.insert(Key::Setting(Dev::Eni, Setting::AcceptRa), Value::Setting(0));
-        // ARP for the gateway must carry an address of this ENI, not the node's.
-        state.insert(Key::Address(Dev::Eni, IpAddr::V4(eni.primary4).into()), Value::Address);
+        if let Some(node4) = node4 {
+            state.insert(Key::Address(Dev::Eni, IpAddr::V4(node4).into()), Value::Address);
+        }
     }
-    state.insert(Key::Rule(config.rule_from_pod, Selector::From(eni.primary4.into())), Value::Rule(table));
     eni_routes(&mut state, config, eni, dual);
     state
 }

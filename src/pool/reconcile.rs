@@ -49,10 +49,11 @@ pub fn eni_tags(
     tags
 }
 
-/// The gateway is the last address but two of a block.
+/// The IPv4 gateway is a block's last address but two, the IPv6 gateway its last
+/// but eight.
 pub fn subnet(vswitch: &VSwitch) -> Subnet {
     let gateway4 = |net: Ipv4Net| Ipv4Addr::from(u32::from(net.broadcast()).saturating_sub(2));
-    let gateway6 = |net: Ipv6Net| Ipv6Addr::from(u128::from(net.broadcast()).saturating_sub(2));
+    let gateway6 = |net: Ipv6Net| Ipv6Addr::from(u128::from(net.broadcast()).saturating_sub(8));
     Subnet {
         cidr4: vswitch.cidr4,
         gateway4: gateway4(vswitch.cidr4),

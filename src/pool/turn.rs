@@ -1,6 +1,6 @@
 //! One turn: take what is queued, decide, write, answer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use rand::Rng as _;
@@ -18,8 +18,6 @@ use crate::model::AttachmentId;
 const MARGIN: Duration = Duration::from_millis(500);
 /// A ledger that could not be written is tried again this soon.
 const LEDGER_RETRY: Duration = Duration::from_secs(1);
-/// What need not be durable at once is so within this time.
-const WRITE_WITHIN: Duration = Duration::from_millis(200);
 
 pub(super) enum Job {
     Confirm(AttachmentId, Responder<Confirm>),
@@ -46,8 +44,6 @@ type Reply = Box<dyn FnOnce(Result<(), PoolError>)>;
 struct Turn {
     next: State,
     taken: Vec<&'static str>,
-    /// Nothing taken promises anything to anyone yet.
-    may_wait: bool,
     replies: Vec<Reply>,
     /// Kept for another try when the ledger cannot be written.
     answered: Vec<Job>,
@@ -67,8 +63,7 @@ impl Pool {
         self.again = false;
         let mut turn = Turn {
             next: self.state.clone(),
-            taken: std::mem::take(&mut self.unwritten),
-            may_wait: !std::mem::take(&mut self.write_now) && self.ledger_error.is_none(),
+            taken: Vec::new(),
             replies: Vec::new(),
             answered: Vec::new(),
             ended: Vec::new(),
@@ -95,8 +90,7 @@ impl Pool {
         if turn.doubt {
             self.look_soon(super::duties::Scope::Ours, ctx);
         }
-        if turn.taken.is_empty() || turn.may_wait {
-            self.put_off(&mut turn, ctx);
+        if turn.taken.is_empty() {
             self.finished(turn, Ok(()), ctx);
         } else {
             self.commit(turn, ctx);
@@ -116,7 +110,7 @@ impl Pool {
             Job::Confirm(attachment, to) => match turn.next.lease_of(&attachment).map(|(v4, h)| (v4, h.phase)) {
                 Some((_, LeasePhase::Wired)) => turn.reply(move |r| to.answer(r)),
                 Some((v4, LeasePhase::Wiring)) => {
-                    self.note(Step::Confirm { v4 }, turn);
+                    self.apply(Step::Confirm { v4 }, turn);
                     turn.reply(move |r| to.answer(r));
                 }
                 // Collected meanwhile, or being released: it must not be used.
@@ -128,7 +122,7 @@ impl Pool {
                     return;
                 };
                 if !held.going() {
-                    self.note(Step::Unwire { v4, collect: false }, turn);
+                    self.apply(Step::Unwire { v4, collect: false }, turn);
                 }
                 turn.reply(move |r| to.answer(r.map(|()| Some(held.lease))));
             }
@@ -162,14 +156,6 @@ impl Pool {
 
     /// A step that no longer fits is left out: the state moved on meanwhile.
     fn apply(&self, step: Step, turn: &mut Turn) {
-        turn.may_wait = false;
-        self.note(step, turn);
-    }
-
-    /// A step whose loss in a crash would change nothing: the address stays
-    /// leased, and the runtime, which has no answer yet or may delete at any
-    /// time, asks again. It goes to the disk with the next step that matters.
-    fn note(&self, step: Step, turn: &mut Turn) {
         match turn.next.apply(&step, self.clock.now()) {
             Ok(()) => turn.taken.push(step.name()),
             Err(refused) => tracing::debug!(%refused, "Step left out"),
@@ -187,6 +173,7 @@ impl Pool {
     fn serve(&mut self, turn: &mut Turn) {
         let now = self.clock.now();
         let mut still = Vec::new();
+        let mut whys = BTreeMap::new();
         for Waiting { request, to } in std::mem::take(&mut self.waiting) {
             if let Some((v4, held)) = turn.next.lease_of(&request.attachment) {
                 if held.going() {
@@ -201,7 +188,10 @@ impl Pool {
                 }
                 continue;
             }
-            match why(&turn.next, &self.config, &self.demand, Purpose::from(request.mode), now) {
+            let purpose = Purpose::from(request.mode);
+            let reason =
+                whys.entry(purpose).or_insert_with(|| why(&turn.next, &self.config, &self.demand, purpose, now));
+            match reason.clone() {
                 Why::Waiting(_) => still.push(Waiting { request, to }),
                 Why::Full { in_use, limit } => to.fail(PoolError::NodeFull { in_use, limit }),
                 Why::Refused(reason) => to.fail(match &self.last_error {
@@ -211,21 +201,6 @@ impl Pool {
             }
         }
         self.waiting = still;
-    }
-
-    /// Keep what was taken for the next write, and see that there is one soon.
-    fn put_off(&mut self, turn: &mut Turn, ctx: &mut Ctx<'_, Self>) {
-        self.unwritten = std::mem::take(&mut turn.taken);
-        if self.unwritten.is_empty() || self.writer.is_some() {
-            return;
-        }
-        self.writer = Some(ctx.after(WRITE_WITHIN, |pool, ctx| {
-            pool.writer = None;
-            pool.write_now = !pool.unwritten.is_empty();
-            if pool.write_now {
-                pool.turn(ctx);
-            }
-        }));
     }
 
     fn commit(&mut self, mut turn: Turn, ctx: &mut Ctx<'_, Self>) {

@@ -265,7 +265,7 @@ fn the_nodes_primary_device_keeps_its_addresses() {
     let eni = lease(AttachMode::Veth, 1, 20, true, Bandwidth::default()).eni;
     let config = Config::default();
     let touches = |primary| {
-        let state = desired_eni(&config, &eni, primary, true);
+        let state = desired_eni(&config, &eni, primary, true, Some("10.0.0.5".parse().unwrap()));
         state.keys().filter(|k| matches!(k, Key::Address(..) | Key::Setting(_, Setting::AcceptRa))).count()
     };
     assert_eq!((touches(true), touches(false)), (0, 2));
