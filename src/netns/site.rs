@@ -232,7 +232,7 @@ impl Site<'_> {
                 _ => {}
             }
         }
-        self.write_settings(ops)?;
+        self.write_settings(ops, &fresh)?;
         let mut node = Vec::new();
         let mut pod = Vec::new();
         for op in ops {
@@ -245,6 +245,8 @@ impl Site<'_> {
                     }
                 }
                 Key::Link(dev) if fresh.contains(dev) => {
+                    let wanted: Vec<_> = ops.iter().filter_map(|op| link_setting(op, *dev)).collect();
+                    out.extend(message::settings(self.devices.name(*dev), self.devices.index(*dev), &wanted));
                     out.push(message::link_up(self.devices.name(*dev), self.devices.index(*dev)));
                 }
                 Key::Link(dev) if self.devices.index(*dev) == 0 => {
@@ -311,11 +313,14 @@ impl Site<'_> {
         Ok(())
     }
 
-    fn write_settings(&self, ops: &[Op]) -> Result<(), NlError> {
+    /// Those that a new device does not get with being set up.
+    fn write_settings(&self, ops: &[Op], fresh: &BTreeSet<Dev>) -> Result<(), NlError> {
+        let said_later = |op: &Op, dev: Dev| fresh.contains(&dev) && link_setting(op, dev).is_some();
         for side in [Side::Node, Side::Pod] {
             let wanted: Vec<_> = ops
                 .iter()
                 .filter_map(|op| match op {
+                    Op::Put(Key::Setting(dev, _), _) if said_later(op, *dev) => None,
                     Op::Put(Key::Setting(dev, setting), Value::Setting(v)) if dev.side() == side => {
                         Some((setting.path(self.devices.name(*dev)), *v, *setting))
                     }
@@ -335,6 +340,18 @@ impl Site<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// What the step sets on this device, if rtnetlink can say it.
+fn link_setting(op: &Op, of: Dev) -> Option<(super::objects::Setting, u32)> {
+    match op {
+        Op::Put(Key::Setting(dev, setting), Value::Setting(v))
+            if *dev == of && message::is_link_setting(*setting, *v) =>
+        {
+            Some((*setting, *v))
+        }
+        _ => None,
     }
 }
 
