@@ -127,6 +127,10 @@ async fn crash_at(pods: &mut Pods<'_>, step: &str, moment: &str) {
                 .await;
                 remove(lab, &eni).await;
             }
+            if step == "unhold" {
+                // Tried again while it is still wanted.
+                tokio::time::sleep(Duration::from_secs(3)).await;
+            }
             pods.delete_all();
             // What is surplus now goes back after a while.
             tokio::time::sleep(Duration::from_millis(2500)).await;
@@ -155,7 +159,11 @@ async fn interfere(lab: &Lab, instance: &str, step: &str) -> Option<String> {
     let cloud = &lab.site.cloud;
     let deny = |apis: &[&str]| drop(cloud.add_fault(FaultSpec::from(Fault::Deny).apis(apis).count(1)).unwrap());
     match step {
-        "create-failed" | "hold" | "unhold" => deny(&["CreateNetworkInterface"]),
+        "create-failed" | "hold" => deny(&["CreateNetworkInterface"]),
+        "unhold" => {
+            deny(&["CreateNetworkInterface"]);
+            deny(&["AssignPrivateIpAddresses"]);
+        }
         "assign-failed" => deny(&["AssignPrivateIpAddresses"]),
         "eni-lost" => {
             let ours = own_enis(lab, instance);

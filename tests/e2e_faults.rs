@@ -125,7 +125,7 @@ async fn a_late_or_silent_metadata_service_is_waited_for() {
     let first = create(&lab, "a", 6);
     ready(&lab, &first).await;
     // Silent while the agent starts: it waits and says so.
-    cloud.add_fault(FaultSpec::from(Fault::MetadataDown { status: Some(503) }).seconds(3.0)).unwrap();
+    cloud.add_fault(FaultSpec::from(Fault::MetadataDown { status: Some(503) }).seconds(7.0)).unwrap();
     lab.node(0).node.kill_agent().await.unwrap();
     let second = create(&lab, "b", 2);
     ready(&lab, &second).await;
@@ -159,7 +159,7 @@ async fn an_exhausted_vswitch_is_avoided_and_told() {
     all_ask_all(&pods).await.unwrap();
     // Both: the pod waits, its event says why, and it starts when there is room.
     exhaust("vsw-lab-c");
-    let more: Vec<String> = create(&lab, "b", 8);
+    let more: Vec<String> = create(&lab, "b", 6);
     lab.until("the shortage to be told", Duration::from_secs(30), async || {
         let view = lab.view(0, "/debug/pool").await?;
         let held = view["holds"].to_string();
@@ -239,7 +239,7 @@ async fn a_full_disk_refuses_with_a_reason_and_loses_nothing() {
     let small = Small::on(&state);
     for (path, content) in kept {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, content).unwrap();
+        write_sparse(&path, &content);
     }
     lab.start_agent(0, &[], Some(Duration::from_millis(200))).await;
     lab.agent_ready(0).await;
@@ -267,6 +267,16 @@ async fn a_full_disk_refuses_with_a_reason_and_loses_nothing() {
     node.stop_agent().await;
     drop(small);
     lab.down().await;
+}
+
+/// With holes, as the ledger makes its file: each page written needs room.
+fn write_sparse(path: &Path, content: &[u8]) {
+    use std::os::unix::fs::FileExt as _;
+    let file = std::fs::File::create(path).unwrap();
+    for (n, page) in content.chunks(4096).enumerate().filter(|(_, page)| page.iter().any(|b| *b != 0)) {
+        file.write_all_at(page, n as u64 * 4096).unwrap();
+    }
+    file.set_len(content.len() as u64).unwrap();
 }
 
 fn walk(dir: &Path) -> Vec<std::path::PathBuf> {
