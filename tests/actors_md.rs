@@ -163,7 +163,8 @@ fn read_code() -> Code {
 
 /// The rows of the table under a heading, trimmed, without its head.
 fn table(page: &str, heading: &str) -> Vec<Vec<String>> {
-    let section = page.split(&format!("## {heading}\n")).nth(1).unwrap_or_else(|| panic!("actors.md has no {heading:?}"));
+    let section =
+        page.split(&format!("## {heading}\n")).nth(1).unwrap_or_else(|| panic!("actors.md has no {heading:?}"));
     let section = section.split("\n## ").next().unwrap();
     let rows = section.lines().filter(|l| l.starts_with('|')).skip(2);
     rows.map(|l| l.trim_matches('|').split('|').map(|c| c.trim().to_owned()).collect()).collect()

@@ -88,7 +88,11 @@ async fn a_pods_address_is_its_own_until_the_edge_of_the_vpc() {
     let pods = six(&lab).await;
     for pod in &pods {
         assert_eq!(seen_from(pod, vm).await, first4(pod), "the VM sees the pod");
-        assert_eq!(seen_from(pod, (OUTSIDE4, ECHO_PORT).into()).await, IpAddr::V4(NAT_ADDRESS), "outside sees the gateway");
+        assert_eq!(
+            seen_from(pod, (OUTSIDE4, ECHO_PORT).into()).await,
+            IpAddr::V4(NAT_ADDRESS),
+            "outside sees the gateway"
+        );
         asks(&lab.site.vm, pod).await.unwrap();
     }
     // What the cloud does not assign, the VPC does not carry: taken away behind
@@ -98,18 +102,14 @@ async fn a_pods_address_is_its_own_until_the_edge_of_the_vpc() {
     let eni = eni_of(&lab, ip);
     let text = ip.to_string();
     let params = [("NetworkInterfaceId", &*eni.id), ("PrivateIpAddress.1", &*text)];
+    let other = pods.iter().find(|p| eni_of(&lab, first4(p)).instance != eni.instance).unwrap();
     lab.site.cloud.operate("UnassignPrivateIpAddresses", &params).await.unwrap();
-    let other = pods.iter().find(|p| p.netns.is_some() && eni_of_node(&lab, p) != eni.instance).unwrap();
     let at = SocketAddr::new(ip, 8080);
     assert!(Ask::new(at).within(Duration::from_millis(700)).tcp(&ns(other)).await.is_err());
     lab.site.cloud.operate("AssignPrivateIpAddresses", &params).await.unwrap();
     asks(&ns(other), victim).await.unwrap();
     lab.settled().await;
     lab.down().await;
-}
-
-fn eni_of_node(lab: &Lab, pod: &PodRecord) -> Option<String> {
-    eni_of(lab, first4(pod)).instance
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

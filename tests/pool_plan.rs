@@ -2,7 +2,6 @@
 //! is leased twice, none is lost, calls are bounded, and from any state the pool
 //! comes to rest. Pure: no clock, no thread, no network.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
-
 #![allow(clippy::unwrap_used, clippy::result_large_err)]
 
 #[path = "pool_support/cloud.rs"]
