@@ -40,17 +40,8 @@ const ORDINARY: &[&str] = &[
 ];
 
 /// Steps that need something to go wrong, or somebody to interfere.
-const TROUBLED: &[&str] = &[
-    "recover",
-    "adopt-eni",
-    "create-failed",
-    "assign-failed",
-    "hold",
-    "unhold",
-    "eni-lost",
-    "sync-eni",
-    "learn",
-];
+const TROUBLED: &[&str] =
+    &["recover", "adopt-eni", "create-failed", "assign-failed", "hold", "unhold", "eni-lost", "sync-eni", "learn"];
 
 #[test]
 fn every_step_is_killed_at() {
@@ -127,6 +118,10 @@ async fn crash_at(pods: &mut Pods<'_>, step: &str, moment: &str) {
                 .await;
                 remove(lab, &eni).await;
             }
+            if step == "unhold" {
+                // Tried again while it is still wanted.
+                tokio::time::sleep(Duration::from_secs(3)).await;
+            }
             pods.delete_all();
             // What is surplus now goes back after a while.
             tokio::time::sleep(Duration::from_millis(2500)).await;
@@ -157,16 +152,24 @@ async fn interfere(lab: &Lab, instance: &str, step: &str) -> Option<String> {
         cloud.add_fault(FaultSpec::from(Fault::Deny).apis(apis).count(1)).unwrap();
     };
     match step {
-        "create-failed" | "hold" | "unhold" => deny(&["CreateNetworkInterface"]),
+        "create-failed" | "hold" => deny(&["CreateNetworkInterface"]),
+        "unhold" => {
+            deny(&["CreateNetworkInterface"]);
+            deny(&["AssignPrivateIpAddresses"]);
+        }
         "assign-failed" => deny(&["AssignPrivateIpAddresses"]),
         "eni-lost" => {
             let ours = own_enis(lab, instance);
-            if let Some(eni) = ours.iter().find(|e| e.tags.get("fairway.io/purpose").is_some_and(|p| p == "exclusive")) {
+            if let Some(eni) = ours.iter().find(|e| e.tags.get("fairway.io/purpose").is_some_and(|p| p == "exclusive"))
+            {
                 remove(lab, &eni.id).await;
             }
         }
         "sync-eni" => {
-            for eni in own_enis(lab, instance).iter().filter(|e| e.tags.get("fairway.io/purpose").is_some_and(|p| p == "shared")) {
+            for eni in own_enis(lab, instance)
+                .iter()
+                .filter(|e| e.tags.get("fairway.io/purpose").is_some_and(|p| p == "shared"))
+            {
                 let params = [("NetworkInterfaceId", &*eni.id), ("SecondaryPrivateIpAddressCount", "1")];
                 let _ = cloud.operate("AssignPrivateIpAddresses", &params).await;
             }

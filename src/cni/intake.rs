@@ -120,7 +120,12 @@ async fn look(desk: &Arc<Desk>) -> io::Result<Left> {
     let mut work = futures::stream::iter(waiting).map(|id| apart(desk.clone(), id)).buffer_unordered(PARALLEL);
     while let Some((id, result)) = work.next().await {
         if let Err(e) = result {
-            tracing::warn!(attachment = %id, error = %e, "A spooled release will be tried again");
+            // While the pool starts, every newly spooled release is a look at all.
+            if e.actor_away {
+                tracing::debug!(attachment = %id, error = %e, "A spooled release has to wait");
+            } else {
+                tracing::warn!(attachment = %id, error = %e, "A spooled release will be tried again");
+            }
             left.count += 1;
             left.for_lack_of_an_actor |= e.actor_away;
         }

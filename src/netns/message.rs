@@ -28,7 +28,7 @@ use netlink_packet_route::tc::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 
 use super::nl::{GONE, Request, THERE};
-use super::objects::{Dev, Key, Link, LinkKind, PROTOCOL, Selector, Setting, Side, TokenBucket, Value, word};
+use super::objects::{Dev, Key, Link, LinkKind, MAIN, PROTOCOL, Selector, Setting, Side, TokenBucket, Value, word};
 use crate::model::Mac;
 
 /// Which device plays which role, by index and name. Index 0: not there yet.
@@ -98,6 +98,13 @@ pub(super) fn put(key: &Key, value: &Value, devices: &Devices, out: &mut Vec<Req
             out.push(request(what, Rtnl::NewNeighbour(message), PUT, &[]));
         }
         (Key::Route(_, table, to), Value::Route { dev, via, source }) => {
+            // The kernel refuses an IPv6 gateway as "on link" of one device when
+            // the main table reaches it by another, as it does where ENIs share
+            // a vSwitch. It looks into the route's own table first.
+            if let (Some(gateway @ IpAddr::V6(_)), true) = (*via, *table != MAIN) {
+                let message = route(*table, gateway.into(), devices.index(*dev), None, None);
+                out.push(request(&*what, Rtnl::NewRoute(message), PUT, &[]));
+            }
             let message = route(*table, *to, devices.index(*dev), *via, *source);
             out.push(request(what, Rtnl::NewRoute(message), PUT, &[]));
         }
@@ -331,7 +338,9 @@ fn route(table: u32, to: ipnet::IpNet, dev: u32, via: Option<IpAddr>, source: Op
     attributes.push(RouteAttribute::Oif(dev));
     if let Some(via) = via {
         // The gateway is in no subnet of the device's /32.
-        header.flags = RouteFlags::Onlink;
+        if via.is_ipv4() || table == MAIN {
+            header.flags = RouteFlags::Onlink;
+        }
         attributes.push(RouteAttribute::Gateway(route_address(via)));
     }
     if let Some(source) = source {

@@ -88,6 +88,9 @@ pub(super) fn eni_routes(state: &mut State, config: &Config, eni: &EniRef, dual:
     default(eni.subnet.gateway4.into());
     if let (true, Some(gateway)) = (dual, eni.subnet.gateway6) {
         default(gateway.into());
+        // `put` says why.
+        let link = Value::Route { dev: Dev::Eni, via: None, source: None };
+        state.insert(Key::Route(Side::Node, table, IpAddr::V6(gateway).into()), link);
     }
 }
 

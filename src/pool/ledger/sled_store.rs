@@ -132,6 +132,23 @@ impl Store for SledStore {
     }
 
     fn commit(&mut self, writes: &[Write]) -> Result<(), LedgerError> {
+        let done = self.write(writes);
+        if done.is_err() {
+            self.db = None;
+        }
+        if matches!(done, Err(LedgerError::Corrupt(_))) {
+            // A write that found the disk full can leave the files unreadable.
+            // The pool has the whole state in memory, and after a failure the
+            // next commit writes all of it: into fresh files.
+            tracing::error!(folder = %self.folder.display(), "The ledger's files are damaged; they are written anew");
+            let _ = std::fs::remove_dir_all(&self.folder);
+        }
+        done
+    }
+}
+
+impl SledStore {
+    fn write(&mut self, writes: &[Write]) -> Result<(), LedgerError> {
         let mut batch = sled::Batch::default();
         for (key, value) in writes {
             match value {
@@ -140,11 +157,7 @@ impl Store for SledStore {
             }
         }
         let db = self.db()?;
-        let done = db.apply_batch(batch).and_then(|()| db.flush().map(drop)).map_err(failed);
-        if done.is_err() {
-            self.db = None;
-        }
-        done
+        db.apply_batch(batch).and_then(|()| db.flush().map(drop)).map_err(failed)
     }
 }
 
