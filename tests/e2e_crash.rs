@@ -40,17 +40,8 @@ const ORDINARY: &[&str] = &[
 ];
 
 /// Steps that need something to go wrong, or somebody to interfere.
-const TROUBLED: &[&str] = &[
-    "recover",
-    "adopt-eni",
-    "create-failed",
-    "assign-failed",
-    "hold",
-    "unhold",
-    "eni-lost",
-    "sync-eni",
-    "learn",
-];
+const TROUBLED: &[&str] =
+    &["recover", "adopt-eni", "create-failed", "assign-failed", "hold", "unhold", "eni-lost", "sync-eni", "learn"];
 
 #[test]
 fn every_step_is_killed_at() {
@@ -161,12 +152,16 @@ async fn interfere(lab: &Lab, instance: &str, step: &str) -> Option<String> {
         "assign-failed" => deny(&["AssignPrivateIpAddresses"]),
         "eni-lost" => {
             let ours = own_enis(lab, instance);
-            if let Some(eni) = ours.iter().find(|e| e.tags.get("fairway.io/purpose").is_some_and(|p| p == "exclusive")) {
+            if let Some(eni) = ours.iter().find(|e| e.tags.get("fairway.io/purpose").is_some_and(|p| p == "exclusive"))
+            {
                 remove(lab, &eni.id).await;
             }
         }
         "sync-eni" => {
-            for eni in own_enis(lab, instance).iter().filter(|e| e.tags.get("fairway.io/purpose").is_some_and(|p| p == "shared")) {
+            for eni in own_enis(lab, instance)
+                .iter()
+                .filter(|e| e.tags.get("fairway.io/purpose").is_some_and(|p| p == "shared"))
+            {
                 let params = [("NetworkInterfaceId", &*eni.id), ("SecondaryPrivateIpAddressCount", "1")];
                 let _ = cloud.operate("AssignPrivateIpAddresses", &params).await;
             }

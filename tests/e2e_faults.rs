@@ -92,7 +92,10 @@ async fn with_the_cloud_down_the_stock_serves_and_the_rest_comes_after() {
 async fn lost_replies_of_every_mutating_call_double_nothing() {
     needs!("lost_replies_of_every_mutating_call_double_nothing");
     let lab = lab("fc", 1, |config| {
-        lay(&mut config.agent, json!({"pool": {"min_idle": 1, "max_idle": 1, "quarantine": "200ms", "release_delay": "200ms"}}));
+        lay(
+            &mut config.agent,
+            json!({"pool": {"min_idle": 1, "max_idle": 1, "quarantine": "200ms", "release_delay": "200ms"}}),
+        );
     })
     .await;
     let cloud = &lab.site.cloud;
@@ -148,7 +151,10 @@ async fn an_exhausted_vswitch_is_avoided_and_told() {
             cidr6: None,
             ..a
         });
-        lay(&mut config.agent, json!({"pool": {"vswitches": ["vsw-lab-a", "vsw-lab-c"], "min_idle": 0, "max_idle": 2}}));
+        lay(
+            &mut config.agent,
+            json!({"pool": {"vswitches": ["vsw-lab-a", "vsw-lab-c"], "min_idle": 0, "max_idle": 2}}),
+        );
     })
     .await;
     let cloud = &lab.site.cloud;
@@ -250,7 +256,8 @@ async fn a_full_disk_refuses_with_a_reason_and_loses_nothing() {
     create(&lab, "b", 3);
     let why = lab
         .until("a refusal", Duration::from_secs(30), async || {
-            let said: Vec<String> = (0..3).filter_map(|n| lab.record(&format!("b{n}"))).flat_map(|r| r.failures).collect();
+            let said: Vec<String> =
+                (0..3).filter_map(|n| lab.record(&format!("b{n}"))).flat_map(|r| r.failures).collect();
             let found = said.iter().find(|w| w.contains("ledger") && w.contains("disk space")).cloned();
             found.ok_or_else(|| format!("{said:?}"))
         })

@@ -91,11 +91,8 @@ impl Lab {
             let addresses = eni.v4.iter().map(|ip| IpAddr::V4(*ip)).chain(eni.v6.iter().map(|ip| IpAddr::V6(*ip)));
             addresses.for_each(|ip| *theirs.entry(ip).or_default() += 1);
         }
-        let ours: BTreeSet<IpAddr> = pool
-            .addresses
-            .iter()
-            .flat_map(|a| std::iter::once(IpAddr::V4(a.v4)).chain(a.v6.map(IpAddr::V6)))
-            .collect();
+        let ours: BTreeSet<IpAddr> =
+            pool.addresses.iter().flat_map(|a| std::iter::once(IpAddr::V4(a.v4)).chain(a.v6.map(IpAddr::V6))).collect();
         theirs.iter().filter(|(_, n)| **n > 1).for_each(|(ip, n)| wrong(format!("{ip} is assigned {n} times")));
         theirs
             .keys()

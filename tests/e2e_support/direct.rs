@@ -65,7 +65,15 @@ impl Sandbox {
 }
 
 /// Run the shim of a node once; `stdin` replaces the configuration.
-pub async fn shim(lab: &Lab, node: usize, verb: &str, id: &str, netns: &str, pod: &str, stdin: Option<Vec<u8>>) -> Said {
+pub async fn shim(
+    lab: &Lab,
+    node: usize,
+    verb: &str,
+    id: &str,
+    netns: &str,
+    pod: &str,
+    stdin: Option<Vec<u8>>,
+) -> Said {
     let dirs = lab.node(node).node.dirs();
     let text = std::fs::read_to_string(dirs.net_d.join("10-fairway.conflist")).unwrap();
     let list: Value = serde_json::from_str(&text).unwrap();

@@ -193,7 +193,8 @@ impl Lab {
     }
 
     pub fn last_words(&self) -> String {
-        let words = self.site.nodes.iter().map(|n| format!("-- agent {}\n{}", n.name, tail(&n.node.dirs().agent_log, 25)));
+        let words =
+            self.site.nodes.iter().map(|n| format!("-- agent {}\n{}", n.name, tail(&n.node.dirs().agent_log, 25)));
         words.collect::<Vec<_>>().join("\n")
     }
 }

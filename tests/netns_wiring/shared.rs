@@ -397,7 +397,10 @@ fn an_eni_is_awaited_prepared_restored_and_forgotten() {
         // The device carries the node's address: all of the ENI's are pods'.
         let shown = show(&lab.node, "-4 addr show dev eth1");
         assert_eq!(shown[0]["addr_info"].as_array().unwrap().len(), 1);
-        assert_eq!(shown[0]["addr_info"][0]["local"], show(&lab.node, "-4 addr show dev eth0")[0]["addr_info"][0]["local"]);
+        assert_eq!(
+            shown[0]["addr_info"][0]["local"],
+            show(&lab.node, "-4 addr show dev eth0")[0]["addr_info"][0]["local"]
+        );
 
         // A flap takes the routes; they come back without anybody asking.
         let healthy = snapshot(&lab.node);
