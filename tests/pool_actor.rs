@@ -137,6 +137,28 @@ fn with_the_ledger_unwritable_nothing_is_handed_out_and_nothing_is_lost() {
 }
 
 #[test]
+fn what_nobody_waits_for_is_on_disk_soon_all_the_same() {
+    use fairway::pool::ledger::{Store as _, decode};
+    use fairway::pool::state::LeasePhase;
+    sim(async {
+        let node = node(3, 10, config());
+        let agent = node.start().await;
+        let phase = || {
+            let state = decode(&node.store.clone().load().unwrap()).unwrap();
+            state.lease_of(&Node::attachment(0)).map(|(_, held)| held.phase)
+        };
+        node.add(&agent.pool, 0, AttachMode::Veth, LONG).await.unwrap();
+        assert!(phase().is_some(), "a lease that was handed out is on disk");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(phase(), Some(LeasePhase::Wired));
+        let begun = BeginRelease { attachment: Node::attachment(0) };
+        agent.pool.ask(begun, Deadline::after(LONG)).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(phase(), Some(LeasePhase::Unwiring));
+    });
+}
+
+#[test]
 fn with_the_cloud_away_a_restarted_agent_serves_from_its_ledger() {
     sim(async {
         let node = node(4, 10, config());

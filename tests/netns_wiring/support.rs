@@ -256,11 +256,9 @@ impl Lab {
         lab.namespace(&lab.node);
         lab.namespace(&lab.router);
         within(&lab.router, || {
-            for (key, value) in [
-                ("ipv4/ip_forward", "1"),
-                ("ipv6/conf/all/forwarding", "1"),
-                ("ipv6/conf/default/accept_dad", "0"),
-            ] {
+            for (key, value) in
+                [("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1"), ("ipv6/conf/default/accept_dad", "0")]
+            {
                 std::fs::write(format!("/proc/sys/net/{key}"), value).unwrap();
             }
         });
