@@ -254,7 +254,6 @@ async fn a_full_disk_refuses_with_a_reason_and_loses_nothing() {
     lab.agent_ready(0).await;
     let names = create(&lab, "a", 2);
     let pods = ready(&lab, &names).await;
-<<<<<<< HEAD
     for killed in [false, true] {
         small.fill();
         // The ledger goes on in the room that its file has already.
@@ -295,28 +294,6 @@ async fn a_full_disk_refuses_with_a_reason_and_loses_nothing() {
         drop(busy);
         lab.settled().await;
     }
-=======
-    small.fill();
-    // Pods that run go on; new ones are refused, in words, until there is room.
-    create(&lab, "b", 3);
-    let why = lab
-        .until("a refusal", Duration::from_secs(30), async || {
-            let said: Vec<String> =
-                (0..3).filter_map(|n| lab.record(&format!("b{n}"))).flat_map(|r| r.failures).collect();
-            let found = said.iter().find(|w| w.contains("ledger") && w.contains("disk space")).cloned();
-            found.ok_or_else(|| format!("{said:?}"))
-        })
-        .await;
-    println!("full disk: {why}");
-    all_ask_all(&pods).await.unwrap();
-    // Killed with a full disk, too.
-    node.kill_agent().await.unwrap();
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    all_ask_all(&pods).await.unwrap();
-    small.clear();
-    ready(&lab, &["b0", "b1", "b2"].map(str::to_owned)).await;
-    lab.settled().await;
->>>>>>> bench
     node.stop_agent().await;
     drop(small);
     lab.down().await;
