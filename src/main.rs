@@ -83,6 +83,7 @@ fn run_agent(path: &std::path::Path, check: bool) -> anyhow::Result<bool> {
         return Ok(true);
     }
     telemetry::init(&config.log);
+    fairway::sys::memory::keep_little();
     actor::run(agent::run(config))?;
     Ok(true)
 }

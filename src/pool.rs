@@ -52,6 +52,7 @@ use crate::netns;
 pub use audit::AuditReport;
 pub use config::{Config, VSwitchPolicy};
 pub use demand::{BoundPod, BoundPods};
+pub use desk::die;
 pub use ledger::LedgerReport;
 pub use snapshot::PoolSnapshot;
 

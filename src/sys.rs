@@ -7,6 +7,8 @@
 pub mod bpf;
 /// Children that die with the lab.
 pub mod lab_exec;
+/// How much of the allocator's memory the process keeps.
+pub mod memory;
 /// Network namespaces: open with validation, identity, enter and come back.
 pub mod netns;
 /// Kernel settings below /proc/sys, written only when they differ.

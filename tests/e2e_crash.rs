@@ -148,7 +148,9 @@ async fn crash_at(pods: &mut Pods<'_>, step: &str, moment: &str) {
 /// is to be removed again.
 async fn interfere(lab: &Lab, instance: &str, step: &str) -> Option<String> {
     let cloud = &lab.site.cloud;
-    let deny = |apis: &[&str]| drop(cloud.add_fault(FaultSpec::from(Fault::Deny).apis(apis).count(1)).unwrap());
+    let deny = |apis: &[&str]| {
+        cloud.add_fault(FaultSpec::from(Fault::Deny).apis(apis).count(1)).unwrap();
+    };
     match step {
         "create-failed" | "hold" => deny(&["CreateNetworkInterface"]),
         "unhold" => {

@@ -1,4 +1,5 @@
 //! The stand-in, as the real kube-rs client sees it.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "testdata/lab_kube/support.rs"]
 mod support;

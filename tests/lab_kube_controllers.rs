@@ -1,5 +1,6 @@
 //! The lab's controllers and scheduler, against a kubelet that says every pod
 //! is well.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "testdata/lab_kube/support.rs"]
 mod support;

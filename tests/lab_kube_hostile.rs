@@ -1,4 +1,5 @@
 //! What no proper client sends: the stand-in refuses it, says why, and lives.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "testdata/lab_kube/support.rs"]
 mod support;

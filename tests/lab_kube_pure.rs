@@ -1,4 +1,5 @@
 //! The stand-in's pure parts: selectors, patches, quantities, plans, manifests.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

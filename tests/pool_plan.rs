@@ -1,8 +1,7 @@
 //! The plan's promises, against a model of the cloud and of the pods: no address
 //! is leased twice, none is lost, calls are bounded, and from any state the pool
 //! comes to rest. Pure: no clock, no thread, no network.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-#![allow(clippy::unwrap_used, clippy::result_large_err)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::result_large_err)]
 
 #[path = "pool_support/cloud.rs"]
 mod cloud;

@@ -1,175 +1,177 @@
-//! CNI calls as a runtime makes them: a process per call, timed from outside.
+//! What a pod's network costs its node: CNI calls, a burst, memory.
+//!
+//! The calls are made as a runtime makes them: a process each, timed from
+//! outside. Fairway's node has a warm pool; its agent keeps its ledger on the
+//! same disk as the reference plugins' `host-local` keeps its files. Every
+//! subject has a node namespace of its own.
 
-use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+pub mod burst;
+pub mod driver;
 
-use super::stats::quantile;
-use super::traffic::in_namespace;
+use std::path::Path;
+use std::time::Duration;
 
-/// A plugin and the node it runs on.
-#[derive(Clone, Debug)]
-pub struct Subject {
-    pub name: &'static str,
-    /// The node's network namespace.
-    pub node: PathBuf,
-    pub plugin: PathBuf,
-    /// The network configuration, as the runtime would pass it on stdin.
-    pub config: String,
+use anyhow::Context as _;
+use serde_json::{Value, json};
+
+use super::Plan;
+use super::stats::{Params, Row, Sample, rows};
+use crate::lab::site::{Site, SiteConfig};
+use crate::lab::vpc::ns::OwnedNetns;
+use crate::pool::snapshot::PoolSnapshot;
+use driver::{Batch, Sandbox, Sandboxes, Subject, batch, reference};
+
+/// Where Debian's containernetworking-plugins puts them.
+const PLUGINS: &str = "/usr/lib/cni";
+/// 8 ENIs of 30 addresses, the primary one included.
+pub(super) const INSTANCE_TYPE: &str = "ecs.g7.4xlarge";
+/// Calls of a batch, for each number of calls at a time.
+const BATCHES: [(usize, usize); 2] = [(1, 50), (16, 96)];
+const ROUNDS: usize = 12;
+/// Of the pool, so that it is warm again for the next round.
+const QUARANTINE: Duration = Duration::from_secs(2);
+const WARM_WITHIN: Duration = Duration::from_secs(60);
+
+pub async fn measure(plan: &Plan) -> anyhow::Result<Vec<Row>> {
+    let mut samples = steady(plan).await?;
+    samples.extend(burst::measure(plan).await?);
+    Ok(rows(&samples, |metric| match metric {
+        "burst_calls" | "burst_seconds" => "ideal".to_owned(),
+        "rss_mb" => String::new(),
+        _ => "ptp".to_owned(),
+    }))
 }
 
-/// One pod sandbox: a namespace and the identity the runtime gives it.
-#[derive(Clone, Debug)]
-pub struct Sandbox {
-    pub id: String,
-    pub netns: PathBuf,
-    pub pod: String,
-}
-
-/// How long each call of a batch took, and the whole batch.
-#[derive(Clone, Debug)]
-pub struct Batch {
-    pub calls: Vec<Duration>,
-    pub wall: Duration,
-}
-
-impl Batch {
-    pub fn milliseconds(&self, q: f64) -> f64 {
-        let mut values: Vec<f64> = self.calls.iter().map(|d| d.as_secs_f64() * 1e3).collect();
-        quantile(&mut values, q).unwrap_or(f64::NAN)
+/// ADD and DEL of one pod after another and of many at a time.
+async fn steady(plan: &Plan) -> anyhow::Result<Vec<Sample>> {
+    let progress = &plan.progress;
+    let plugins = Path::new(PLUGINS);
+    for name in ["ptp", "bridge", "host-local"] {
+        let there = plugins.join(name).exists();
+        anyhow::ensure!(there, "no {name} in {PLUGINS}: apt-get install containernetworking-plugins");
     }
-    pub fn per_second(&self) -> f64 {
-        self.calls.len() as f64 / self.wall.as_secs_f64()
-    }
-}
-
-/// Run `command` for every sandbox, `parallel` at a time.
-pub fn batch(subject: &Subject, command: &'static str, sandboxes: &[Sandbox], parallel: usize) -> io::Result<Batch> {
-    let next = AtomicUsize::new(0);
-    let took = Mutex::new(Vec::with_capacity(sandboxes.len()));
-    let began = Instant::now();
-    std::thread::scope(|scope| {
-        let lanes: Vec<_> = (0..parallel.max(1))
-            .map(|_| {
-                scope.spawn(|| {
-                    // Plugins run where the runtime does: in the node's namespace.
-                    enter(&subject.node)?;
-                    while let Some(sandbox) = sandboxes.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let once = Instant::now();
-                        call(subject, command, sandbox)?;
-                        let once = once.elapsed();
-                        took.lock().unwrap_or_else(|broken| broken.into_inner()).push(once);
+    let most = BATCHES.iter().map(|(_, count)| *count).max().unwrap_or(1);
+    let agent = json!({ "pool": {
+        "min_idle": most * 2,
+        "max_idle": 210,
+        "quarantine": format!("{}s", QUARANTINE.as_secs()),
+    }});
+    let site = site(plan, 0.2, agent, 1).await?;
+    let measured = async {
+        let prefix = plan.id.name("");
+        let nodes = [OwnedNetns::create(&plan.id.name("ptp"))?, OwnedNetns::create(&plan.id.name("bridge"))?];
+        let state = plan.id.state_dir();
+        let subjects = [
+            fairway(&site),
+            reference("ptp", plugins, nodes[0].path(), &state.join("ptp")),
+            reference("bridge", plugins, nodes[1].path(), &state.join("bridge")),
+        ];
+        bind_pods(&site, most)?;
+        let sandboxes = Sandboxes::create(&format!("{prefix}p"), most)?;
+        let rounds = plan.rounds.unwrap_or(ROUNDS);
+        let mut samples = Vec::new();
+        for round in 0..rounds {
+            progress.say(&format!("ADD and DEL, round {} of {rounds}", round + 1));
+            for (parallel, count) in BATCHES {
+                for turn in 0..subjects.len() {
+                    let subject = &subjects[(round + turn) % subjects.len()];
+                    if subject.name == "fairway" {
+                        warm(&site, count).await?;
                     }
-                    Ok(())
-                })
-            })
-            .collect();
-        lanes.into_iter().try_for_each(|lane| lane.join().unwrap_or_else(|_| Err(io::Error::other("a lane panicked"))))
-    })?;
-    let wall = began.elapsed();
-    Ok(Batch { calls: took.into_inner().unwrap_or_else(|broken| broken.into_inner()), wall })
-}
-
-fn enter(namespace: &Path) -> io::Result<()> {
-    let file = std::fs::File::open(namespace)?;
-    Ok(nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET)?)
-}
-
-fn call(subject: &Subject, command: &str, sandbox: &Sandbox) -> io::Result<()> {
-    let args = format!(
-        "IgnoreUnknown=1;K8S_POD_NAMESPACE=bench;K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={};K8S_POD_UID=uid-{}",
-        sandbox.pod, sandbox.id, sandbox.id
-    );
-    let path = subject.plugin.parent().unwrap_or(Path::new("/opt/cni/bin"));
-    let mut child = Command::new(&subject.plugin)
-        .env_clear()
-        .env("CNI_COMMAND", command)
-        .env("CNI_CONTAINERID", &sandbox.id)
-        .env("CNI_NETNS", &sandbox.netns)
-        .env("CNI_IFNAME", "eth0")
-        .env("CNI_ARGS", args)
-        .env("CNI_PATH", path)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(subject.config.as_bytes())?;
-    }
-    let output = child.wait_with_output()?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(io::Error::other(format!(
-        "{} {command} for {}: {}{}",
-        subject.name,
-        sandbox.pod,
-        String::from_utf8_lossy(&output.stdout).trim(),
-        String::from_utf8_lossy(&output.stderr).trim()
-    )))
-}
-
-/// `count` fresh namespaces, removed when dropped.
-pub struct Sandboxes {
-    pub all: Vec<Sandbox>,
-}
-
-impl Sandboxes {
-    /// Names start with `prefix`, which must be unique on this machine.
-    pub fn create(prefix: &str, count: usize) -> io::Result<Self> {
-        let mut made = Self { all: Vec::with_capacity(count) };
-        for n in 0..count {
-            let name = format!("{prefix}{n}");
-            let output = Command::new("ip").args(["netns", "add", &name]).output()?;
-            if !output.status.success() {
-                return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
-            }
-            let netns = Path::new("/var/run/netns").join(&name);
-            made.all.push(Sandbox { id: format!("{prefix}{n:060}"), netns, pod: format!("bench-{n}") });
-        }
-        Ok(made)
-    }
-}
-
-impl Drop for Sandboxes {
-    fn drop(&mut self) {
-        for sandbox in &self.all {
-            if let Some(name) = sandbox.netns.file_name() {
-                let _ = Command::new("ip").args(["netns", "del"]).arg(name).output();
+                    let which = sandboxes.of(&format!("{}{round}x{parallel}", subject.name), count);
+                    let (add, del) = add_and_del(subject.clone(), which, parallel).await?;
+                    sample(&mut samples, subject.name, parallel, round, &add, &del);
+                }
             }
         }
-    }
+        drop(sandboxes);
+        Ok(samples)
+    };
+    let measured = measured.await;
+    site.down().await?;
+    measured
 }
 
-/// The reference plugins' configurations, with `host-local` addresses kept in
-/// `data`.
-pub fn reference(plugin: &'static str, dir: &Path, node: &Path, data: &Path) -> Subject {
-    let mut config = serde_json::json!({
+fn sample(samples: &mut Vec<Sample>, subject: &str, parallel: usize, round: usize, add: &Batch, del: &Batch) {
+    let params: Params = [("parallel".to_owned(), parallel.to_string())].into();
+    let mut push = |metric, unit, value| {
+        samples.push(Sample { metric, unit, subject: subject.to_owned(), params: params.clone(), round, value });
+    };
+    push("add_p50", "ms", add.milliseconds(0.5));
+    push("add_p99", "ms", add.milliseconds(0.99));
+    push("del_p50", "ms", del.milliseconds(0.5));
+    push("del_p99", "ms", del.milliseconds(0.99));
+    push("pods_per_second", "1/s", add.per_second());
+}
+
+async fn add_and_del(subject: Subject, sandboxes: Vec<Sandbox>, parallel: usize) -> anyhow::Result<(Batch, Batch)> {
+    let calls = move || -> std::io::Result<(Batch, Batch)> {
+        let add = batch(&subject, "ADD", &sandboxes, parallel)?;
+        let del = batch(&subject, "DEL", &sandboxes, parallel)?;
+        Ok((add, del))
+    };
+    Ok(tokio::task::spawn_blocking(calls).await??)
+}
+
+/// A lab of one node whose pods are this suite's to start, not a kubelet's.
+async fn site(plan: &Plan, latency_scale: f64, agent: Value, seed: u64) -> anyhow::Result<Site> {
+    let mut config = SiteConfig::new(plan.id.clone(), 1, INSTANCE_TYPE)?;
+    config.cloud.latency_scale = latency_scale;
+    config.cloud.seed = seed;
+    config.agent = agent;
+    config.runs_pods = false;
+    Site::up(config, &|step| plan.progress.say(step)).await
+}
+
+/// The shim as the site's conflist has it, for a runtime that runs one plugin.
+fn fairway(site: &Site) -> Subject {
+    let node = &site.nodes[0].node;
+    let root = &node.dirs().root;
+    let config = json!({
         "cniVersion": "1.0.0",
-        "name": plugin,
-        "type": plugin,
-        "ipMasq": false,
-        "ipam": {
-            "type": "host-local",
-            "dataDir": data,
-            "ranges": [[{ "subnet": if plugin == "ptp" { "10.250.0.0/16" } else { "10.251.0.0/16" } }]],
-            "routes": [{ "dst": "0.0.0.0/0" }],
-        },
+        "name": "fairway",
+        "type": "fairway-cni",
+        "socket": root.join("cni.sock"),
+        "spoolDir": root.join("spool"),
     });
-    if plugin == "bridge" {
-        config["bridge"] = "cnibench0".into();
-        config["isGateway"] = true.into();
+    Subject {
+        name: "fairway",
+        node: node.ns().path().to_owned(),
+        plugin: node.dirs().cni_bin.join("fairway-cni"),
+        config: config.to_string(),
     }
-    Subject { name: plugin, node: node.to_owned(), plugin: dir.join(plugin), config: config.to_string() }
 }
 
-/// Wait for a thread that `in_namespace` started.
-pub fn inside<R: Send + 'static>(
-    namespace: &Path,
-    f: impl FnOnce() -> io::Result<R> + Send + 'static,
-) -> io::Result<R> {
-    in_namespace(namespace, None, f).join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+/// The pods as the API server has them once they are bound to the node.
+fn bind_pods(site: &Site, count: usize) -> anyhow::Result<()> {
+    let node = &site.nodes[0].name;
+    for n in 0..count {
+        site.kube.apply(json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": { "namespace": "default", "name": driver::pod_name(n) },
+            "spec": { "nodeName": node, "containers": [{ "name": "c", "image": "registry.example/c:1" }] },
+        }))?;
+    }
+    Ok(())
+}
+
+async fn snapshot(site: &Site) -> anyhow::Result<PoolSnapshot> {
+    let socket = crate::debug::Listen::Unix(site.nodes[0].debug_socket());
+    let view = crate::status::client::get(&socket, "/debug/pool").await?;
+    serde_json::from_value(view).context("the pool's view")
+}
+
+/// Until this many addresses may be leased at once.
+async fn warm(site: &Site, count: usize) -> anyhow::Result<()> {
+    let deadline = tokio::time::Instant::now() + WARM_WITHIN;
+    loop {
+        let pool = snapshot(site).await?;
+        if pool.totals.idle >= count {
+            return Ok(());
+        }
+        let now = tokio::time::Instant::now();
+        anyhow::ensure!(now < deadline, "the pool is not warm: {:?}", pool.totals);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }

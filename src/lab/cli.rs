@@ -2,17 +2,20 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
 
+use super::cloud::{self, RegisterInstance, ServeConfig};
 use super::demo::{self, Progress, wait_pods};
 use super::manifest;
 use super::node::down;
 use super::report::{self, gather};
 use super::site::{Site, SiteConfig};
 use super::vpc::name::LabId;
+use super::vpc::{Vpc, VpcConfig};
 
 #[derive(clap::Args)]
 #[command(
@@ -77,6 +80,23 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// The simulated cloud alone: API, metadata service and VPC, for agents that somebody else runs.
+    Cloud {
+        #[arg(long, default_value = "cloud")]
+        id: LabId,
+        /// What to serve and where (YAML); without it two zones on loopback.
+        #[arg(long)]
+        config: Option<PathBuf>,
+        /// A network namespace that is a node, by its `ip netns` name; more can be
+        /// registered over HTTP (POST /lab/instances).
+        #[arg(long = "node")]
+        nodes: Vec<String>,
+        #[arg(long, default_value = "ecs.g7.2xlarge")]
+        instance_type: String,
+        /// 1 is as slow as the real cloud, 0 does not wait at all.
+        #[arg(long)]
+        latency_scale: Option<f64>,
+    },
     /// The Kubernetes API stand-in alone.
     KubeApi {
         #[arg(long, default_value = "127.0.0.1:6443")]
@@ -117,6 +137,17 @@ pub async fn run(args: Args) -> anyhow::Result<bool> {
             Ok(true)
         }
         Command::Demo { id, nodes, latency_scale, json } => demo::run(id, nodes, latency_scale, json).await,
+        Command::Cloud { id, config, nodes, instance_type, latency_scale } => {
+            let mut config = match config {
+                Some(path) => {
+                    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+                    serde_saphyr::from_str(&text).with_context(|| path.display().to_string())?
+                }
+                None => ServeConfig::default(),
+            };
+            config.cloud.latency_scale = latency_scale.unwrap_or(config.cloud.latency_scale);
+            serve_cloud(id, config, &nodes, &instance_type).await
+        }
         Command::KubeApi { listen, kubeconfig } => {
             if let Some(path) = kubeconfig {
                 std::fs::write(&path, super::kube::kubeconfig(listen)).with_context(|| path.display().to_string())?;
@@ -126,6 +157,56 @@ pub async fn run(args: Args) -> anyhow::Result<bool> {
             Ok(true)
         }
     }
+}
+
+/// The cloud with a VPC of its own for its packets.
+async fn serve_cloud(
+    id: LabId,
+    mut config: ServeConfig,
+    nodes: &[String],
+    instance_type: &str,
+) -> anyhow::Result<bool> {
+    let claim = down::claim(&id)?;
+    let vpc = Vpc::up(VpcConfig::new(id.clone())).await?;
+    let vswitches: Vec<String> = config.cloud.vswitches.iter().map(|v| v.id.clone()).collect();
+    for (n, netns) in nodes.iter().enumerate() {
+        config.nodes.push(RegisterInstance {
+            instance_id: format!("i-{netns}"),
+            instance_type: instance_type.to_owned(),
+            vswitch: vswitches.get(n % vswitches.len().max(1)).cloned().unwrap_or_default(),
+            zone: None,
+            netns: Some(netns.clone()),
+            security_groups: Vec::new(),
+            primary_ip: None,
+            ipv6_count: 0,
+        });
+    }
+    config.ca_file.get_or_insert_with(|| id.state_dir().join("ca.pem"));
+    let ca_file = config.ca_file.clone();
+    let served = cloud::serve(config, Arc::new(vpc.clone()), |running| {
+        let at = |what: &str, url: &str, address: Option<SocketAddr>| {
+            if let Some(address) = address {
+                println!("{what:<10} {url}://{address}");
+            }
+        };
+        at("API", "https", running.https);
+        at("API", "http", running.http);
+        at("metadata", "http", running.metadata);
+        at("admin", "http", running.admin);
+        if let Some(ca) = &ca_file {
+            println!("CA         {}", ca.display());
+        }
+        for instance in running.cloud.instances() {
+            println!("instance   {} of type {}", instance.id, instance.instance_type);
+        }
+        println!("Ctrl-C ends it.");
+    })
+    .await;
+    vpc.down().await?;
+    drop(claim);
+    tokio::task::spawn_blocking(move || down::sweep(&id)).await??;
+    served?;
+    Ok(true)
 }
 
 fn site_config(shape: &Shape) -> anyhow::Result<SiteConfig> {

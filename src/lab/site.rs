@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::cloud::{self, CloudConfig, CloudLab, Listeners, RegisterInstance};
 use super::kube::{KubeConfig, KubeLab, kubeconfig};
-use super::kubelet::api::{KubeApi, node_object};
+use super::kubelet::api::{KubeApi, NoPods, PodSource, node_object};
 use super::kubelet::{Kubelet, KubeletConfig};
 use super::node::agent::AgentSpec;
 use super::node::{Node, down};
@@ -60,6 +60,9 @@ pub struct SiteConfig {
     /// The reference plugins' folder, to chain `portmap` after Fairway.
     pub plugins: Option<PathBuf>,
     pub cni_version: String,
+    /// Whether the kubelets run the pods bound to their nodes; otherwise the
+    /// caller makes their CNI calls.
+    pub runs_pods: bool,
     /// How often kubelets ask STATUS; containerd: every five seconds.
     pub status_interval: Duration,
     /// First and longest pause of a kubelet between tries.
@@ -94,6 +97,7 @@ impl SiteConfig {
             shim,
             plugins: plugins.join("portmap").exists().then(|| plugins.to_owned()),
             cni_version: "1.0.0".to_owned(),
+            runs_pods: true,
             status_interval: Duration::from_secs(5),
             backoff: (Duration::from_secs(1), Duration::from_secs(10)),
         })
@@ -226,6 +230,7 @@ impl Site {
             .await?;
         let primary = registered.primary;
         node.boot(&Boot::from(&primary)).await?;
+        self.vpc.settled(&primary.eni_id).await?;
         let addresses: Vec<IpAddr> =
             primary.v4.iter().map(|a| IpAddr::V4(*a)).chain(primary.v6.iter().map(|a| IpAddr::V6(*a))).collect();
 
@@ -245,6 +250,7 @@ impl Site {
         let api = KubeApi::new(client, &spec.name);
         let provider = format!("{}.{instance}", self.config.cloud.region);
         api.register(&node_object(&spec.name, &addresses, &registered.instance.zone, &provider, 256)).await?;
+        let pods: &dyn PodSource = if self.config.runs_pods { &api.clone() } else { &NoPods };
         let kubelet = Kubelet::start(
             KubeletConfig {
                 status_interval: self.config.status_interval,
@@ -253,7 +259,7 @@ impl Site {
             },
             node.ns(),
             node.spawner(),
-            &api.clone(),
+            pods,
             Arc::new(api),
         );
         Ok(SiteNode { name: spec.name.clone(), instance, addresses, node, kubelet })

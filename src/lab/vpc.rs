@@ -108,6 +108,7 @@ struct State {
 struct Port {
     eni: EniPort,
     /// Router side.
+    name: String,
     index: u32,
     routed: BTreeSet<IpAddr>,
 }
@@ -178,6 +179,18 @@ impl Vpc {
             }
         }
         Ok(())
+    }
+
+    /// After a machine has set an ENI's device up: wait until the router's side
+    /// has followed, so that not even the first packet is lost. False when the
+    /// machine has not done its part in time.
+    pub async fn settled(&self, eni_id: &str) -> Result<bool, VpcError> {
+        let name = {
+            let state = self.inner.state.lock().await;
+            let port = state.ports.get(eni_id).ok_or_else(|| FabricError::UnknownEni(eni_id.to_owned()))?;
+            port.name.clone()
+        };
+        Ok(link::wait_running(&self.inner.ns, &name, os::CARRIER_WITHIN).await?)
     }
 
     /// Packets refused so far.
@@ -338,8 +351,8 @@ impl Inner {
         let near = VethEnd { name: &name, index, mac: None, mtu: self.config.mtu, queues };
         let far = VethEnd { name: "eth%d", index: 0, mac: Some(eni.mac), mtu: self.config.mtu, queues };
         self.links.add_veth(&near, &far, instance).await?;
-        let mut port = Port { eni, index, routed: BTreeSet::new() };
-        match self.configure(&name, &mut port).await {
+        let mut port = Port { eni, name, index, routed: BTreeSet::new() };
+        match self.configure(&mut port).await {
             Ok(()) => Ok(port),
             Err(e) => {
                 // Half a port must not stay behind: the caller will try again.
@@ -349,9 +362,9 @@ impl Inner {
         }
     }
 
-    async fn configure(&self, name: &str, port: &mut Port) -> Result<(), VpcError> {
+    async fn configure(&self, port: &mut Port) -> Result<(), VpcError> {
         // Answers for on-link neighbours come at once, as the cloud's do.
-        self.ns.sysctl(&[(&format!("net/ipv4/neigh/{name}/proxy_delay"), "0")])?;
+        self.ns.sysctl(&[(&format!("net/ipv4/neigh/{}/proxy_delay", port.name), "0")])?;
         self.links.set_up(port.index, Some(&port.eni.eni_id)).await?;
         self.links.add_neighbour(port.index, NEXT_HOP4, port.eni.mac).await?;
         if let Some(gateway) = port.eni.gateway6 {

@@ -12,7 +12,8 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InetDevConf, InfoData, InfoKind, InfoVeth, LinkAttribute,
+    LinkExtentMask, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{
@@ -27,7 +28,7 @@ use netlink_packet_route::tc::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 
 use super::nl::{GONE, Request, THERE};
-use super::objects::{Dev, Key, Link, LinkKind, MAIN, PROTOCOL, Selector, Side, TokenBucket, Value, word};
+use super::objects::{Dev, Key, Link, LinkKind, MAIN, PROTOCOL, Selector, Setting, Side, TokenBucket, Value, word};
 use crate::model::Mac;
 
 /// Which device plays which role, by index and name. Index 0: not there yet.
@@ -175,6 +176,42 @@ fn set_link(what: String, index: u32, link: &Link) -> Request {
 /// Only set up: for a device that was made with everything else right.
 pub(super) fn link_up(name: &str, index: u32) -> Request {
     set_link(format!("link {name} up"), index, &Link { kind: LinkKind::Given, mac: None, mtu: None, up: true })
+}
+
+/// Whether [`settings`] can say it; 0 is not said on the wire.
+pub(super) fn is_link_setting(setting: Setting, value: u32) -> bool {
+    value != 0 && matches!(setting, Setting::Forwarding4 | Setting::RpFilter)
+        || setting == Setting::AddrGenMode && value == 1
+}
+
+/// Settings of a device without the files of /proc/sys: a write there that
+/// meets a busy rtnetlink lock is not put to sleep but tried again and again,
+/// and with several pods at once the processors do little else.
+pub(super) fn settings(name: &str, index: u32, wanted: &[(Setting, u32)]) -> Vec<Request> {
+    let mut v4 = InetDevConf::default();
+    let mut out = Vec::new();
+    let ask = |family: AfSpecUnspec, fine| {
+        let mut message = link_message(index);
+        message.attributes.push(LinkAttribute::AfSpecUnspec(vec![family]));
+        request(format!("settings of {name}"), Rtnl::SetLink(message), 0, fine)
+    };
+    for (setting, value) in wanted {
+        let value = i32::try_from(*value).unwrap_or(i32::MAX);
+        match setting {
+            Setting::Forwarding4 => v4.forwarding = value,
+            Setting::RpFilter => v4.rp_filter = value,
+            Setting::AddrGenMode => {
+                let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+                // A kernel without IPv6 makes no such address either.
+                out.push(ask(AfSpecUnspec::Inet6(vec![none]), &[libc::EAFNOSUPPORT]));
+            }
+            _ => {}
+        }
+    }
+    if v4 != InetDevConf::default() {
+        out.push(ask(AfSpecUnspec::Inet(vec![AfSpecInet::DevConfRequest(v4)]), &[]));
+    }
+    out
 }
 
 pub(super) fn link_down(name: &str, index: u32) -> Request {

@@ -16,6 +16,7 @@ use super::nl::{GONE, Nl, NlError, Request};
 use super::objects::{Dev, Key, Link, LinkKind, Side, State, Value};
 use super::plan::Op;
 use super::read::{self, Device};
+use super::unlink;
 use crate::model::Mac;
 use crate::sys::netns::Netns;
 use crate::sys::sysctl;
@@ -150,6 +151,7 @@ impl Site<'_> {
         let mut pod = Vec::new();
         let mut gone = BTreeSet::new();
         let mut returned = None;
+        let mut pair = None;
         for op in ops {
             let Op::Delete(key, value) = op else { continue };
             if matches!(key, Key::Address(..)) {
@@ -163,6 +165,11 @@ impl Site<'_> {
                     pod.push(message::move_link(from, index, self.home.as_fd(), &name));
                     returned = Some(name);
                     gone.insert(*dev);
+                }
+                (Key::Link(dev), Value::Link(Link { kind: LinkKind::Veth { .. }, .. })) if dev.side() == Side::Node => {
+                    let mut request = Vec::new();
+                    message::delete(key, value, &self.devices, &mut request);
+                    pair = request.pop().map(|request| (self.devices.index(*dev), request));
                 }
                 _ => {
                     let out = if side(key, value) == Side::Node { &mut node } else { &mut pod };
@@ -190,6 +197,9 @@ impl Site<'_> {
         }
         if !node.is_empty() {
             errors.extend(failures(self.host, node));
+        }
+        if let Some((index, request)) = pair {
+            errors.extend(unlink::remove(self.host, index, request).err());
         }
         errors
     }
@@ -222,7 +232,7 @@ impl Site<'_> {
                 _ => {}
             }
         }
-        self.write_settings(ops)?;
+        self.write_settings(ops, &fresh)?;
         let mut node = Vec::new();
         let mut pod = Vec::new();
         for op in ops {
@@ -235,6 +245,8 @@ impl Site<'_> {
                     }
                 }
                 Key::Link(dev) if fresh.contains(dev) => {
+                    let wanted: Vec<_> = ops.iter().filter_map(|op| link_setting(op, *dev)).collect();
+                    out.extend(message::settings(self.devices.name(*dev), self.devices.index(*dev), &wanted));
                     out.push(message::link_up(self.devices.name(*dev), self.devices.index(*dev)));
                 }
                 Key::Link(dev) if self.devices.index(*dev) == 0 => {
@@ -301,11 +313,14 @@ impl Site<'_> {
         Ok(())
     }
 
-    fn write_settings(&self, ops: &[Op]) -> Result<(), NlError> {
+    /// Those that a new device does not get with being set up.
+    fn write_settings(&self, ops: &[Op], fresh: &BTreeSet<Dev>) -> Result<(), NlError> {
+        let said_later = |op: &Op, dev: Dev| fresh.contains(&dev) && link_setting(op, dev).is_some();
         for side in [Side::Node, Side::Pod] {
             let wanted: Vec<_> = ops
                 .iter()
                 .filter_map(|op| match op {
+                    Op::Put(Key::Setting(dev, _), _) if said_later(op, *dev) => None,
                     Op::Put(Key::Setting(dev, setting), Value::Setting(v)) if dev.side() == side => {
                         Some((setting.path(self.devices.name(*dev)), *v, *setting))
                     }
@@ -325,6 +340,18 @@ impl Site<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// What the step sets on this device, if rtnetlink can say it.
+fn link_setting(op: &Op, of: Dev) -> Option<(super::objects::Setting, u32)> {
+    match op {
+        Op::Put(Key::Setting(dev, setting), Value::Setting(v))
+            if *dev == of && message::is_link_setting(*setting, *v) =>
+        {
+            Some((*setting, *v))
+        }
+        _ => None,
     }
 }
 

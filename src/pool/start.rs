@@ -122,7 +122,7 @@ async fn open(
     let mut attempts = 0;
     loop {
         match open_once(place.clone(), instance.clone(), fail_point.clone()).await {
-            Err(OpenError::Ledger(LedgerError::InUse(_))) if attempts < 50 => {
+            Err(OpenError::Ledger(LedgerError::InUse(_))) if attempts < 3 => {
                 attempts += 1;
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }

@@ -160,12 +160,6 @@ impl FailPoint {
     }
 }
 
-/// As a power cut would: no destructor runs, nothing is flushed.
-pub fn die() -> ! {
-    let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
-    std::process::abort()
-}
-
 /// How often each step was taken, for `/metrics`.
 pub type StepCounts = BTreeMap<&'static str, u64>;
 

@@ -1,6 +1,6 @@
 //! One turn: take what is queued, decide, write, answer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use rand::Rng as _;
@@ -173,6 +173,7 @@ impl Pool {
     fn serve(&mut self, turn: &mut Turn) {
         let now = self.clock.now();
         let mut still = Vec::new();
+        let mut whys = BTreeMap::new();
         for Waiting { request, to } in std::mem::take(&mut self.waiting) {
             if let Some((v4, held)) = turn.next.lease_of(&request.attachment) {
                 if held.going() {
@@ -187,7 +188,10 @@ impl Pool {
                 }
                 continue;
             }
-            match why(&turn.next, &self.config, &self.demand, Purpose::from(request.mode), now) {
+            let purpose = Purpose::from(request.mode);
+            let reason =
+                whys.entry(purpose).or_insert_with(|| why(&turn.next, &self.config, &self.demand, purpose, now));
+            match reason.clone() {
                 Why::Waiting(_) => still.push(Waiting { request, to }),
                 Why::Full { in_use, limit } => to.fail(PoolError::NodeFull { in_use, limit }),
                 Why::Refused(reason) => to.fail(match &self.last_error {

@@ -78,8 +78,10 @@ pub async fn machine(vpc: &Vpc, name: &str, port: EniPort) -> OwnedNetns {
     let ns = OwnedNetns::create(&vpc.id().name(name)).unwrap();
     vpc.register_instance(&port.instance_id, &ns).await;
     let boot = Boot::from(&port);
+    let eni_id = port.eni_id.clone();
     vpc.attach(port).await.unwrap();
     os::boot(&ns, &boot).await.unwrap();
+    assert!(vpc.settled(&eni_id).await.unwrap());
     ns
 }
 

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use fairway::actor::{ChildPolicy, Deadline, Handle, Message, Placement, Port, Registry, Tree};
@@ -14,7 +14,6 @@ use fairway::cloud::*;
 use fairway::model::*;
 use fairway::netns::*;
 use fairway::pool::ledger::MemoryStore;
-use fairway::pool::step::FailPoint;
 use fairway::pool::{
     Allocate, Audit, AuditReport, BeginRelease, BoundPod, BoundPods, CloudPorts, Config, Confirm, Deps, FinishRelease,
     Leases, LedgerPlace, Lookup, NetnsPorts, Pool, PoolSnapshot,
@@ -36,6 +35,8 @@ pub struct Node {
     pub cloud: ModelCloud,
     pub kernel: Arc<Mutex<Kernel>>,
     pub store: MemoryStore,
+    /// A ledger on disk instead of the one in memory.
+    pub folder: Option<PathBuf>,
     pub config: Config,
     pub latency: Duration,
     pub bound: watch::Sender<BoundPods>,
@@ -43,6 +44,8 @@ pub struct Node {
     pub snapshots: watch::Sender<Arc<PoolSnapshot>>,
     /// Where sandboxes' namespaces are; files stand for them.
     pub netns: Arc<tempfile::TempDir>,
+    /// Set by tests of a single death.
+    pub died_once: Arc<AtomicBool>,
     /// Promises broken where a panic would go unseen.
     pub violations: Arc<Mutex<Vec<String>>>,
     /// Lives of the agent: a dead one's calls come to nothing.
@@ -61,12 +64,14 @@ impl Node {
             cloud,
             kernel: Arc::default(),
             store: MemoryStore::default(),
+            folder: None,
             config,
             latency: Duration::from_millis(800),
             bound: watch::Sender::new(Some(Arc::default())),
             elected: watch::Sender::new(false),
             snapshots: watch::Sender::new(Arc::default()),
             netns: Arc::new(tempfile::tempdir().unwrap()),
+            died_once: Arc::default(),
             violations: Arc::default(),
             life: Arc::default(),
         }
@@ -219,7 +224,10 @@ impl Node {
     pub fn start_now(&self) -> Agent {
         self.life.fetch_add(1, Ordering::Relaxed);
         let mut deps = self.deps();
-        deps.ledger = LedgerPlace::Memory(self.store.next_life());
+        deps.ledger = match &self.folder {
+            Some(folder) => LedgerPlace::Folder(folder.clone()),
+            None => LedgerPlace::Memory(self.store.next_life()),
+        };
         let mut tree = Tree::new(Registry::default(), Placement::Here, ChildPolicy::default());
         let pool = tree.child(move || Pool::start(deps.clone()));
         Agent { tree, pool }
@@ -229,7 +237,6 @@ impl Node {
     pub fn kill(&self) {
         self.life.fetch_add(1, Ordering::Relaxed);
         self.store.next_life();
-        self.store.stop_at(FailPoint::default());
     }
 
     pub fn attachment(n: u32) -> AttachmentId {
@@ -268,7 +275,8 @@ impl Node {
         drop(cloud);
         let user = (lease.attachment.clone(), lease.mode, lease.eni.mac);
         let before = self.kernel.lock().wired.insert(lease.v4, user.clone());
-        assert!(before.is_none_or(|b| b == user), "{} is given to {} twice", lease.v4, lease.attachment);
+        let same = before.as_ref().is_none_or(|b| *b == user);
+        assert!(same, "{} on {} is given to {}, and used by {before:?}", lease.v4, lease.eni.mac, lease.attachment);
         Ok(())
     }
 

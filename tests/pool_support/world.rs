@@ -256,7 +256,6 @@ impl World {
             }
             Work::Attach { key } => cloud.call("attach", |c| c.attach(&id(key))).map(|()| Answer::Done),
             Work::Prepare { key } => {
-                let record = record(key);
                 let attached = cloud.0.lock().enis.get(&id(key)).is_some_and(|e| e.instance.is_some());
                 if !attached {
                     return Err(Trouble::Kernel(format!("no device for {key} yet")));
@@ -268,7 +267,6 @@ impl World {
                     mtu: 1500,
                     receive_cores: vec![],
                 };
-                let _ = record;
                 return Ok(Answer::Prepared(prepared));
             }
             Work::AssignIpv4 { key } => {

@@ -150,9 +150,13 @@ impl Engine {
 
     pub async fn create(&self, spec: &CreateEni) -> Result<String, ApiError> {
         self.world().account.check_create(spec)?;
-        self.delay(|l| l.create).await?;
+        let took = self.scaled(self.config.latency.create);
+        self.sleep(took).await?;
         let now = self.now();
-        self.world().account.create(spec, now)
+        let mut world = self.world();
+        let id = world.account.create(spec, now)?;
+        world.account.spent(&id, took);
+        Ok(id)
     }
 
     /// Returns when the ENI is Attaching; the rest happens later.
@@ -160,7 +164,11 @@ impl Engine {
         self.world().account.check_attach(eni, instance)?;
         let (answer, whole) = (self.scaled(self.config.latency.attach_answer), self.scaled(self.config.latency.attach));
         self.sleep(answer).await?;
-        let epoch = self.world().account.begin_attach(eni, instance)?;
+        let epoch = {
+            let mut world = self.world();
+            world.account.spent(eni, whole);
+            world.account.begin_attach(eni, instance)?
+        };
         let (engine, eni) = (self.clone(), eni.to_owned());
         self.tasks.spawn(async move {
             if engine.sleep(whole.saturating_sub(answer)).await.is_ok() {

@@ -107,6 +107,9 @@ pub struct Eni {
     pub delete_on_release: bool,
     pub source_dest_check: bool,
     pub created_ms: Millis,
+    /// What the cloud itself took to create and attach it.
+    #[serde(default)]
+    pub latency_ms: Millis,
     /// A change is in progress; another one is refused as a conflict.
     pub busy: bool,
     /// Counts attachments, so that a late completion of an earlier one is seen.
@@ -321,6 +324,13 @@ impl Account {
             IpAddr::V6(v6) => space.holder6(v6),
         });
         self.enis.get(holder?)?.instance.as_deref()
+    }
+
+    /// Time that the cloud takes for a call about an ENI.
+    pub fn spent(&mut self, eni: &str, ms: Millis) {
+        if let Some(eni) = self.enis.get_mut(eni) {
+            eni.latency_ms += ms;
+        }
     }
 
     /// What DescribeVSwitches tells.

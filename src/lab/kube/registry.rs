@@ -9,6 +9,7 @@
 //! - [`watch`]: following changes
 
 mod delete;
+mod shape;
 mod sub;
 mod watch;
 mod write;

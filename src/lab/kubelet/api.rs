@@ -25,6 +25,15 @@ pub trait PodSource: Send + Sync + 'static {
     fn watch(&self) -> BoxStream<'static, PodEvent>;
 }
 
+/// A node whose pods are somebody else's to run.
+pub struct NoPods;
+
+impl PodSource for NoPods {
+    fn watch(&self) -> BoxStream<'static, PodEvent> {
+        futures::stream::pending().boxed()
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SinkError {
     /// Another pod has the name now, or none.

@@ -66,8 +66,10 @@ impl Vpc {
             v6: vm.v6.into_iter().collect(),
         };
         let boot = os::Boot::from(&port);
+        let eni_id = port.eni_id.clone();
         self.attach(port).await?;
         os::boot(&ns, &boot).await?;
+        self.settled(&eni_id).await?;
         self.keep(ns, &vm.name).await
     }
 

@@ -4,8 +4,9 @@
 //! task; nothing here changes a thread's namespace for longer than the opening.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use futures::StreamExt;
 use futures::channel::mpsc::UnboundedReceiver;
@@ -161,10 +162,14 @@ impl Links {
     /// Changes of links in the namespace. Keep the first for as long as the
     /// second is read.
     pub async fn watch(ns: &Netns) -> Result<(Self, Events), LinkError> {
-        let (connection, handle, events) = ns
-            .run_async(|| rtnetlink::new_multicast_connection(&[MulticastGroup::Link]))
-            .await?
-            .map_err(|cause| LinkError::Netlink { what: "open netlink socket".into(), cause })?;
+        Self::subscribe(ns, MulticastGroup::Link).await
+    }
+
+    async fn subscribe(ns: &Netns, group: MulticastGroup) -> Result<(Self, Events), LinkError> {
+        let (connection, handle, events) =
+            ns.run_async(move || rtnetlink::new_multicast_connection(&[group]))
+                .await?
+                .map_err(|cause| LinkError::Netlink { what: "open netlink socket".into(), cause })?;
         tokio::spawn(connection);
         Ok((Self { handle }, events))
     }
@@ -244,11 +249,46 @@ impl Links {
         self.handle.route().add(route(net, via)).replace().execute().await.map_err(netlink(what))
     }
 
+    /// Whether packets to the address end here.
+    async fn is_local(&self, address: Ipv6Addr) -> bool {
+        let question = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(address, 128).build();
+        let mut found = Box::pin(self.handle.route().get(question).execute());
+        matches!(found.next().await, Some(Ok(route)) if route.header.kind == RouteType::Local)
+    }
+
     pub async fn delete_route(&self, net: IpNet, via: Via) -> Result<(), LinkError> {
         let what = format!("delete route {net}");
         let result = self.handle.route().del(route(net, via)).execute().await.map_err(netlink(what));
         tolerate(result, &[libc::ESRCH, libc::ENODEV])
     }
+}
+
+/// Wait until the kernel takes an IPv6 address for its own: it does so some time
+/// after the address was added. False when the time is over.
+pub async fn wait_local(ns: &Netns, address: Ipv6Addr, within: Duration) -> Result<bool, LinkError> {
+    let (_socket, mut events) = Links::subscribe(ns, MulticastGroup::Ipv6Route).await?;
+    let links = Links::open(ns).await?;
+    let until = tokio::time::Instant::now() + within;
+    while !links.is_local(address).await {
+        if tokio::time::timeout_at(until, events.next()).await.is_err() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Wait until a device has its carrier and its queues are in use; false when
+/// the time is over.
+pub async fn wait_running(ns: &Netns, name: &str, within: Duration) -> Result<bool, LinkError> {
+    let (_socket, mut events) = Links::watch(ns).await?;
+    let links = Links::open(ns).await?;
+    let until = tokio::time::Instant::now() + within;
+    while !links.find(name).await?.running {
+        if tokio::time::timeout_at(until, events.next()).await.is_err() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn route(net: IpNet, via: Via) -> RouteMessage {
@@ -269,7 +309,7 @@ fn route(net: IpNet, via: Via) -> RouteMessage {
             builder.build()
         }
         IpNet::V6(net) => {
-            let builder = RouteMessageBuilder::<std::net::Ipv6Addr>::new();
+            let builder = RouteMessageBuilder::<Ipv6Addr>::new();
             let mut builder = finish(builder.destination_prefix(net.network(), net.prefix_len()), via);
             if let Via::Gateway(_, IpAddr::V6(gateway)) = via {
                 builder = builder.gateway(gateway);

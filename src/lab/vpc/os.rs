@@ -4,15 +4,14 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
-use futures::StreamExt;
 use ipnet::{IpNet, Ipv4Net};
 
-use super::link::{Link, LinkError, Links, Via};
+use super::link::{self, LinkError, Links, Via};
 use super::ns::Netns;
 use crate::lab::fabric::EniPort;
 use crate::model::Mac;
 
-const CARRIER_WITHIN: Duration = Duration::from_secs(2);
+pub(super) const CARRIER_WITHIN: Duration = Duration::from_secs(2);
 
 /// The boot configuration of one device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +47,10 @@ pub async fn boot(ns: &Netns, boot: &Boot) -> Result<String, LinkError> {
         .into_iter()
         .find(|l| l.mac == Some(boot.mac))
         .ok_or_else(|| LinkError::NoLink(format!("{} (hardware address {})", ns.name(), boot.mac)))?;
-    up_and_running(ns, &links, &device).await?;
+    links.set_up(device.index, None).await?;
+    // As network daemons do: what is sent before is lost, and repeated only
+    // after a second. Without a carrier it is configured all the same.
+    link::wait_running(ns, &device.name, CARRIER_WITHIN).await?;
     if let Some(v4) = boot.v4 {
         links.add_address(device.index, IpNet::V4(v4)).await?;
         let gateway = IpAddr::V4(boot.gateway4);
@@ -58,23 +60,9 @@ pub async fn boot(ns: &Netns, boot: &Boot) -> Result<String, LinkError> {
         links.add_address(device.index, IpNet::from(IpAddr::V6(v6))).await?;
         links.add_route(IpNet::from(IpAddr::V6(gateway)), Via::Link(device.index)).await?;
         links.add_route(IpNet::V6(ipnet::Ipv6Net::default()), Via::Gateway(device.index, IpAddr::V6(gateway))).await?;
+        link::wait_local(ns, v6, CARRIER_WITHIN).await?;
     }
     Ok(device.name)
-}
-
-/// Set the device up and wait for its carrier, as network daemons do: what is
-/// sent before is lost, and asked again for only after a second.
-async fn up_and_running(ns: &Netns, links: &Links, device: &Link) -> Result<(), LinkError> {
-    let (_socket, mut events) = Links::watch(ns).await?;
-    links.set_up(device.index, None).await?;
-    let until = tokio::time::Instant::now() + CARRIER_WITHIN;
-    while !links.find(&device.name).await?.running {
-        // Without a carrier it is configured all the same.
-        if tokio::time::timeout_at(until, events.next()).await.is_err() {
-            break;
-        }
-    }
-    Ok(())
 }
 
 /// Loopback up: a new namespace has it down.

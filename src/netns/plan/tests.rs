@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::model::{AttachmentId, Bandwidth, EniId, PodKey, Subnet, VSwitchId};
-use crate::netns::objects::{MAIN, word};
+use crate::netns::objects::{MAIN, Selector, word};
 
 fn lease(mode: AttachMode, n: u8, host: u8, v6: bool, bandwidth: Bandwidth) -> Lease {
     Lease {

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{Ledger, LedgerError, LedgerReport, Store, Write};
 use crate::model::InstanceId;
@@ -12,6 +12,7 @@ use crate::pool::state::State;
 
 const SCHEMA: u32 = 1;
 const CACHE_BYTES: u64 = 8 << 20;
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const META_TREE: &str = "meta";
 
 pub struct SledStore {
@@ -68,16 +69,26 @@ impl SledStore {
 
     fn db(&mut self) -> Result<&sled::Db, LedgerError> {
         if self.db.is_none() {
-            let db = sled::Config::new()
-                .path(&self.folder)
-                .cache_capacity(CACHE_BYTES)
-                .mode(sled::Mode::LowSpace)
-                .open()
-                .map_err(opening)?;
+            let db = self.open_db()?;
             self.claim(&db)?;
             self.db = Some(db);
         }
         self.db.as_ref().ok_or_else(|| LedgerError::Io("the ledger is not open".to_owned()))
+    }
+
+    /// sled's own threads hold the file's lock a little longer than its last
+    /// user does.
+    fn open_db(&self) -> Result<sled::Db, LedgerError> {
+        let config = sled::Config::new().path(&self.folder).cache_capacity(CACHE_BYTES).mode(sled::Mode::LowSpace);
+        let began = Instant::now();
+        loop {
+            match config.open().map_err(opening) {
+                Err(LedgerError::InUse(_)) if began.elapsed() < LOCK_PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                opened => return opened,
+            }
+        }
     }
 
     /// Check whose ledger this is, or make it ours.
@@ -159,7 +170,8 @@ fn failed(error: sled::Error) -> LedgerError {
 
 fn opening(error: sled::Error) -> LedgerError {
     match error {
-        sled::Error::Io(e) if e.kind() == std::io::ErrorKind::WouldBlock => LedgerError::InUse(e.to_string()),
+        // The kind is lost on the way, the text is not.
+        sled::Error::Io(e) if e.to_string().contains("could not acquire lock") => LedgerError::InUse(e.to_string()),
         // What is there cannot be read as a database.
         sled::Error::Unsupported(why) => LedgerError::Corrupt(why),
         sled::Error::Io(e)

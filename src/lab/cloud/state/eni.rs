@@ -126,6 +126,7 @@ impl Account {
             delete_on_release: spec.delete_on_release,
             source_dest_check: spec.source_dest_check,
             created_ms: now,
+            latency_ms: 0,
             busy: false,
             epoch: 0,
         };

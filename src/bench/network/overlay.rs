@@ -50,6 +50,7 @@ impl Overlay {
         ip(&format!("-n {node} link add cni0 mtu {mtu} type bridge"))?;
         ip(&format!("-n {node} addr add 10.244.{n}.1/24 dev cni0"))?;
         ip(&format!("-n {node} link set cni0 up"))?;
+        forwards(&Path::new("/var/run/netns").join(node), &["cni0", "flannel.1"])?;
         ip(&format!("-n {node} link add fwvx0 mtu {mtu} type veth peer name eth0 mtu {mtu} netns {pod}"))?;
         ip(&format!("-n {node} link set fwvx0 master cni0 up"))?;
         ip(&format!("-n {pod} link set lo up"))?;
@@ -84,6 +85,17 @@ impl Drop for Overlay {
     fn drop(&mut self) {
         self.remove();
     }
+}
+
+/// Packets that come in by these devices are routed on.
+fn forwards(node: &Path, devices: &'static [&'static str]) -> io::Result<()> {
+    let write = move || {
+        devices
+            .iter()
+            .try_for_each(|device| std::fs::write(format!("/proc/sys/net/ipv4/conf/{device}/forwarding"), "1"))
+    };
+    let done = super::traffic::in_namespace(node, None, write).join();
+    done.unwrap_or_else(|_| Err(io::Error::other("the thread in the node's namespace panicked")))
 }
 
 fn vtep_mac(side: usize) -> String {
