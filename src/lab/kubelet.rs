@@ -180,12 +180,12 @@ impl Kubelet {
         self.context.records.lock().values().cloned().collect()
     }
 
-    /// The record of the pod that has this name now, or had it last.
+    /// The record of the pod that has this name now, or had it last: of several
+    /// the one seen last, for an old one may still be ending.
     pub fn record(&self, namespace: &str, name: &str) -> Option<PodRecord> {
         let records = self.context.records.lock();
-        let mut named = records.values().filter(|r| r.pod.namespace == namespace && r.pod.name == name);
-        let last = named.clone().next_back();
-        named.find(|r| !r.ended).or(last).cloned()
+        let named = records.values().filter(|r| r.pod.namespace == namespace && r.pod.name == name);
+        named.min_by_key(|r| (r.ended, r.since_seen())).cloned()
     }
 
     /// Whether ADDs are let through, or why not.

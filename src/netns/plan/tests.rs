@@ -247,8 +247,8 @@ fn each_pod_of_an_eni_leaves_by_that_enis_table() {
         assert_eq!(state[&from], Value::Rule(table));
         let to = Key::Rule(config.rule_to_pod, Selector::To(lease.v4.into()));
         assert_eq!(state[&to], Value::Rule(MAIN));
-        let default = state.keys().filter(|k| matches!(k, Key::Route(Side::Node, t, _) if *t == table)).count();
-        assert_eq!(default, 2, "one per family");
+        let is_default = |k: &&Key| matches!(k, Key::Route(Side::Node, t, to) if *t == table && to.prefix_len() == 0);
+        assert_eq!(state.keys().filter(is_default).count(), 2, "one per family");
     }
     assert_eq!(tables.len(), 2);
 }
