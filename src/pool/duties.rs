@@ -173,7 +173,10 @@ impl Pool {
             self.security_groups = primary.map(|e| e.security_groups.clone()).unwrap_or_default();
         }
         let recently = |key: &EniKey| self.touched.get(key).is_some_and(|t| *t + Duration::from_secs(2) >= began);
-        let busy = |key: EniKey| self.running.contains_key(&Subject::Eni(key)) || recently(&key);
+        // Waiting for a device changes nothing in the cloud; an ENI that is gone
+        // from there would be waited for in vain.
+        let changing = |key| self.running.get(&Subject::Eni(key)).is_some_and(|(work, _)| *work != "prepare");
+        let busy = |key: EniKey| changing(key) || recently(&key);
         let sight = Sight {
             enis: &seen.enis,
             vswitches: &self.demand.vswitches,

@@ -98,6 +98,10 @@ pub fn with_cloud(state: &State, sight: &Sight<'_>, now: Time) -> (Vec<Step>, BT
             known.insert(&found.id);
         }
         if (sight.busy)(*key) {
+            // Not judged now, and not forgotten: whoever looks looks again.
+            if found.is_none() && sight.missed.contains(key) {
+                missing.insert(*key);
+            }
             continue;
         }
         match found {
