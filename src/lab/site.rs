@@ -334,6 +334,8 @@ impl Site {
     /// error.
     pub async fn down(self) -> anyhow::Result<()> {
         let Self { nodes, vpc, kube, cloud, running, config, .. } = self;
+        // Named in the nodes' folders, which go with the nodes.
+        let sandboxes = down::pod_namespaces(&config.id.state_dir());
         for node in &nodes {
             node.node.stop_agent().await;
         }
@@ -342,6 +344,9 @@ impl Site {
             drop(kubelet);
             let _ = cloud.remove_instance(&instance).await;
             node.down().await?;
+        }
+        for path in sandboxes {
+            super::vpc::ns::remove(&path).with_context(|| path.display().to_string())?;
         }
         kube.stop().await;
         running.shutdown().await;

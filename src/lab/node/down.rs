@@ -168,7 +168,7 @@ fn released(mut file: File, until: Instant) -> bool {
 }
 
 /// Namespaces of pods, as the lab's kubelets noted them before making them.
-fn pod_namespaces(state: &Path) -> Vec<PathBuf> {
+pub(in crate::lab) fn pod_namespaces(state: &Path) -> Vec<PathBuf> {
     let nodes = fs::read_dir(state).into_iter().flatten().flatten();
     let notes = nodes.flat_map(|n| fs::read_dir(n.path().join("sandboxes")).into_iter().flatten().flatten());
     notes
