@@ -412,6 +412,7 @@ fn attachment<'a>(lease: &'a Lease, devices: &'a Devices) -> Attachment<'a> {
         host_ifname: devices.name(Dev::HostLink),
         host_ifindex: devices.index(Dev::HostLink),
         eni_ifindex: index(Dev::Eni).filter(|_| lease.mode == AttachMode::Exclusive),
+        shared_eni: index(Dev::Eni).filter(|_| lease.mode == AttachMode::Veth),
     }
 }
 
