@@ -16,6 +16,7 @@ mod entry;
 mod hook;
 mod pins;
 mod programs;
+mod sockets;
 mod ways;
 
 use std::collections::BTreeMap;
@@ -34,6 +35,7 @@ pub use self::hook::Device;
 use self::hook::{Direction, Place, chain, has_tcx};
 use self::pins::{PinName, Pins, pin_of};
 use self::programs::{CounterMap, Loader, Programs};
+pub use self::sockets::cgroup_root;
 pub use self::ways::Way;
 use self::ways::Ways;
 use crate::model::{AttachMode, AttachmentId};
@@ -110,6 +112,8 @@ pub enum DatapathError {
     Counters(MapError),
     #[error("addresses of pods: {0}")]
     Ways(MapError),
+    #[error("Services at the socket: {}{cause}", path.as_ref().map(|p| format!("{}: ", p.display())).unwrap_or_default())]
+    Cgroup { path: Option<PathBuf>, cause: String },
     #[error("cannot attach to ENI device {ifindex}: {cause}")]
     Eni { ifindex: u32, cause: io::Error },
 }
@@ -224,11 +228,11 @@ impl Datapath {
         Ok(())
     }
 
-    /// Says how a pod in veth mode is reached. Its programs are attached.
+    /// Tells the programs who the pod is. They are attached already.
     pub fn lead(&mut self, attachment: &AttachmentId, way: &Way) -> Result<(), DatapathError> {
         match self.known.get(attachment) {
-            Some(entry) if entry.place == Place::HostSide => self.ways.set(entry.endpoint, way),
-            _ => Ok(()),
+            Some(entry) => self.ways.set(entry.endpoint, way),
+            None => Ok(()),
         }
     }
 
@@ -236,6 +240,26 @@ impl Datapath {
     /// the node's stack.
     pub fn set_node_addresses(&mut self, addresses: &[std::net::IpAddr]) -> Result<(), DatapathError> {
         self.ways.set_node(addresses)
+    }
+
+    /// Resolves Services where processes connect: programs on the root of the
+    /// cgroup tree ([`cgroup_root`]).
+    pub fn attach_sockets(&mut self, root: &Path) -> Result<(), DatapathError> {
+        let own = std::net::UdpSocket::bind("127.0.0.1:0").and_then(|s| crate::sys::netns::cookie_of(s.as_fd()));
+        if let Ok(Some(cookie)) = own {
+            self.ways.set_node_namespace(cookie)?;
+        }
+        sockets::attach(&self.pins, &mut self.shared, root)
+    }
+
+    /// The other way round. Success when they are not there.
+    pub fn detach_sockets(&mut self) -> Result<(), DatapathError> {
+        sockets::detach(&self.pins)
+    }
+
+    /// The programs of the socket path that are in force, read from the kernel.
+    pub fn socket_doors(&self) -> Vec<&'static str> {
+        sockets::attached(&self.pins)
     }
 
     /// The program for what arrives on a shared ENI. Done again it puts this

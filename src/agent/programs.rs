@@ -25,19 +25,19 @@ impl Programs {
         Self { datapath: Mutex::new(datapath), fast_path }
     }
 
-    /// How a pod in veth mode is reached; `None` in another mode.
-    fn way(&self, of: &Attachment<'_>) -> Option<Way> {
+    fn way(&self, of: &Attachment<'_>) -> Way {
         let (lease, subnet) = (of.lease, &of.lease.eni.subnet);
-        let eni = of.shared_eni.filter(|_| lease.mode == AttachMode::Veth)?;
-        Some(Way {
+        Way {
             v4: lease.v4,
             v6: lease.v6,
             gateway4: subnet.gateway4,
             gateway6: subnet.gateway6,
-            eni,
-            short: self.fast_path,
+            eni: of.shared_eni,
+            cookie: of.netns_cookie,
+            per_packet: false,
+            short: self.fast_path && of.shared_eni.is_some(),
             limited: lease.bandwidth.ingress_bps.is_some(),
-        })
+        }
     }
 
     /// What is attached and what has passed, for `/debug/endpoints`.
@@ -104,7 +104,7 @@ impl PodPrograms for Programs {
         let way = self.way(to);
         self.on_device(to, |datapath, device| {
             datapath.attach(&to.lease.attachment, to.lease.mode, device)?;
-            way.map_or(Ok(()), |way| datapath.lead(&to.lease.attachment, &way))
+            datapath.lead(&to.lease.attachment, &way)
         })
     }
 

@@ -6,15 +6,17 @@
 //! object's own maps with the same table after loading.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use aya::maps::{Map, MapInfo, MapType, PerCpuHashMap};
-use aya::programs::{ProgramError, SchedClassifier};
+use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use fairway_ebpf_abi::{
-    Addr, COUNTERS, Counters, ENDPOINT, ENI_INGRESS, Endpoint, IN_POD, LINKS, Link, MAX_ENDPOINTS, MAX_NODE_ADDRESSES,
-    MAX_POD_ADDRESSES, NODE, PODS, POD_EGRESS, POD_INGRESS, Pod,
+    AFFINITIES, Addr, Affinity, AffinityKey, BACKENDS, Backend, COUNTERS, Counters, ENDPOINT, ENI_INGRESS, Endpoint,
+    FRONTENDS, Frontend, FrontendKey, IN_POD, LINKS, Link, MAX_AFFINITIES, MAX_BACKENDS, MAX_ENDPOINTS, MAX_FRONTENDS,
+    MAX_NAMESPACES, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, NAMESPACES, NODE, ORIGINALS,
+    Original, PODS, POD_EGRESS, POD_INGRESS, Pod, RangeKey, SLOTS, SOCKETS, SOURCE_RANGES, SlotKey, SocketKey,
 };
 
 use super::hook::Direction;
@@ -37,12 +39,25 @@ struct MapSpec {
 }
 
 /// Every pinned map.
-const MAPS: [MapSpec; 4] = [
+const MAPS: [MapSpec; 12] = [
     hash::<Endpoint, Counters>(COUNTERS, MAX_ENDPOINTS).of_type(MapType::PerCpuHash),
     hash::<Endpoint, Link>(LINKS, MAX_ENDPOINTS),
     hash::<Addr, Pod>(PODS, MAX_POD_ADDRESSES),
     hash::<Addr, u32>(NODE, MAX_NODE_ADDRESSES),
+    hash::<FrontendKey, Frontend>(FRONTENDS, MAX_FRONTENDS),
+    hash::<SlotKey, Backend>(SLOTS, MAX_BACKENDS),
+    hash::<u32, Backend>(BACKENDS, MAX_BACKENDS),
+    hash::<(u32, RangeKey), u32>(SOURCE_RANGES, MAX_SOURCE_RANGES).of_type(MapType::LpmTrie),
+    lru::<AffinityKey, Affinity>(AFFINITIES, MAX_AFFINITIES),
+    hash::<u64, u32>(NAMESPACES, MAX_NAMESPACES),
+    lru::<SocketKey, Original>(SOCKETS, MAX_SOCKETS),
+    MapSpec { max_entries: 0, ..hash::<i32, Original>(ORIGINALS, 0).of_type(MapType::SkStorage) },
 ];
+
+/// A hash that is full forgets its oldest.
+const fn lru<K, V>(name: &'static str, max_entries: u32) -> MapSpec {
+    MapSpec { flags: 0, ..hash::<K, V>(name, max_entries).of_type(MapType::LruHash) }
+}
 
 /// A hash that takes memory per entry.
 const fn hash<K, V>(name: &'static str, max_entries: u32) -> MapSpec {
@@ -174,6 +189,17 @@ impl Programs {
 
     pub(super) fn eni_ingress(&mut self) -> Result<&mut SchedClassifier, DatapathError> {
         self.named(ENI_INGRESS)
+    }
+
+    /// A program of the socket path, loaded.
+    pub(super) fn socket_door(&mut self, name: &str) -> Result<BorrowedFd<'_>, DatapathError> {
+        let program = self.object.program_mut(name).ok_or(ProgramError::NotLoaded);
+        let program: &mut CgroupSockAddr =
+            program.and_then(|p| p.try_into()).map_err(|e: ProgramError| refusal(name, &e))?;
+        if program.fd().is_err() {
+            program.load().map_err(|e| refusal(name, &e))?;
+        }
+        program.fd().map(AsFd::as_fd).map_err(|e| refusal(name, &e))
     }
 
     fn named(&mut self, name: &str) -> Result<&mut SchedClassifier, DatapathError> {

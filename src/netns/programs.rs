@@ -19,6 +19,9 @@ pub struct Attachment<'a> {
     pub eni_ifindex: Option<u32>,
     /// The ENI that a pod in veth mode leaves by.
     pub shared_eni: Option<u32>,
+    /// What eBPF programs know the pod's namespace by. `None` when it was not
+    /// asked for, and before Linux 5.14.
+    pub netns_cookie: Option<u64>,
 }
 
 /// What the datapath does with a pod's devices. Every call may be repeated.
