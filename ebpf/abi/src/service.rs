@@ -101,6 +101,12 @@ pub struct Backend {
 
 /// It runs on this node.
 pub const BACKEND_LOCAL: u16 = 1;
+/// In `BACKENDS` alone: the flows that chose it go on, but it takes no new ones,
+/// and nobody comes back to it by affinity.
+pub const BACKEND_DRAINING: u16 = 1 << 1;
+
+/// Not a set: its slots are the user side's memory of which ids it has given.
+pub const SET_NONE: u32 = 0;
 
 /// Key of an LPM trie; `prefix` counts the bits of `set` too.
 #[repr(C)]
