@@ -20,6 +20,35 @@ const LINK_DETACH: libc::c_long = 34;
 
 const LINK_TYPE_TCX: u32 = 11;
 const F_BEFORE: u32 = 1 << 3;
+const LINK_TYPE_CGROUP: u32 = 3;
+
+/// Where in a socket's life a program on a cgroup runs; the values are
+/// `enum bpf_attach_type`'s.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum CgroupHook {
+    Connect4 = 10,
+    Connect6 = 11,
+    Sendmsg4 = 14,
+    Sendmsg6 = 15,
+    Recvmsg4 = 19,
+    Recvmsg6 = 20,
+    Getpeername4 = 29,
+    Getpeername6 = 30,
+}
+
+impl CgroupHook {
+    const ALL: [Self; 8] = [
+        Self::Connect4,
+        Self::Connect6,
+        Self::Sendmsg4,
+        Self::Sendmsg6,
+        Self::Recvmsg4,
+        Self::Recvmsg6,
+        Self::Getpeername4,
+        Self::Getpeername6,
+    ];
+}
 
 /// Which chain of a device; the values are `enum bpf_attach_type`'s.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,6 +212,45 @@ pub fn tcx_attach(program: BorrowedFd<'_>, ifindex: u32, chain: TcxChain) -> io:
     };
     // SAFETY: no pointers in it; LINK_CREATE answers with a new descriptor.
     unsafe { bpf_fd(LINK_CREATE, &mut attr) }
+}
+
+/// Attaches a program to a cgroup, beside others that are there. It stays while
+/// the descriptor is open or pinned.
+pub fn cgroup_attach(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: CgroupHook) -> io::Result<OwnedFd> {
+    let mut attr = LinkCreateAttr {
+        prog_fd: raw(program),
+        // The kernel calls it `target_fd` here.
+        ifindex: raw(cgroup),
+        attach_type: hook as u32,
+        ..Default::default()
+    };
+    // SAFETY: no pointers in it; LINK_CREATE answers with a new descriptor.
+    unsafe { bpf_fd(LINK_CREATE, &mut attr) }
+}
+
+/// The id of the cgroup a link is on and its hook; `None` for other links.
+pub fn cgroup_link(link: BorrowedFd<'_>) -> io::Result<Option<(u64, CgroupHook)>> {
+    /// `struct bpf_link_info` as far as its cgroup member.
+    #[repr(C)]
+    #[derive(Default)]
+    struct CgroupLinkInfo {
+        link_type: u32,
+        id: u32,
+        prog_id: u32,
+        _pad: u32,
+        cgroup_id: u64,
+        attach_type: u32,
+        _rest: [u32; 15],
+    }
+    let mut info = CgroupLinkInfo::default();
+    let info_len = size_of::<CgroupLinkInfo>() as u32;
+    let mut attr = InfoAttr { fd: raw(link), info_len, info: std::ptr::from_mut(&mut info) as u64 };
+    // SAFETY: `info` is writable for `info_len` bytes and outlives the call; any
+    // bytes are a value of it.
+    unsafe { bpf(OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    let hook = CgroupHook::ALL.into_iter().find(|hook| *hook as u32 == info.attach_type);
+    // The id is 0 when the cgroup is gone.
+    Ok(hook.filter(|_| info.link_type == LINK_TYPE_CGROUP && info.cgroup_id != 0).map(|hook| (info.cgroup_id, hook)))
 }
 
 /// Swaps the program behind a link, atomically.

@@ -57,6 +57,8 @@ pub struct Counters {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Link {
+    /// Cookie of the pod's network namespace; 0 when it is not known.
+    pub cookie: u64,
     /// The pod's addresses; zero when it has none of the family.
     pub v4: Addr,
     pub v6: Addr,
@@ -90,7 +92,7 @@ pub const POD_SHORT: u32 = 1;
 const _: () = {
     assert!(size_of::<Endpoint>() == 4);
     assert!(size_of::<Counters>() == 7 * 8 && align_of::<Counters>() == 8);
-    assert!(size_of::<Link>() == 4 * 16 + 2 * 4 && align_of::<Link>() == 4);
+    assert!(size_of::<Link>() == 8 + 4 * 16 + 2 * 4 && align_of::<Link>() == 8);
     assert!(size_of::<Pod>() == 3 * 4 && align_of::<Pod>() == 4);
 };
 

@@ -34,6 +34,8 @@ pub const BACKENDS: &str = "BACKENDS";
 pub const SOURCE_RANGES: &str = "SOURCE_RANGES";
 pub const AFFINITIES: &str = "AFFINITIES";
 pub const NAMESPACES: &str = "NAMESPACES";
+/// [`Original`] of a connected socket; in the socket itself.
+pub const ORIGINALS: &str = "ORIGINALS";
 /// [`Original`] by [`SocketKey`], and flows of the packet path: [`Flow`] by
 /// [`FlowKey`].
 pub const SOCKETS: &str = "SOCKETS";
