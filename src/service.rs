@@ -52,7 +52,7 @@ use explain::{Explanation, Query};
 use health::{Answer, HealthPorts};
 use index::Index;
 use maps::ServiceMaps;
-use model::{NodeFacts, Protocol, ServiceName};
+use model::{NodeFacts, Protocol};
 use problem::{Problem, Reason};
 use status::ServiceSnapshot;
 
@@ -228,9 +228,10 @@ impl ServiceMap {
             tracing::info!(services, entries = synced.done.written, took_ms = took, "Services are carried");
         }
         self.synced_at = Some(Instant::now());
-        let answers = synced.health.into_iter().map(|(port, (service, local_ready))| {
-            (port, Answer { service, local_ready, healthy: true })
-        });
+        let answers = synced
+            .health
+            .into_iter()
+            .map(|(port, (service, local_ready))| (port, Answer { service, local_ready, healthy: true }));
         let unbound = self.health.set(answers.collect());
         let mut problems = synced.problems;
         problems.extend(unbound.into_iter().map(|(of, why)| Problem::new(&of, "", Reason::HealthCheckPort, why)));

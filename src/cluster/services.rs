@@ -50,18 +50,23 @@ pub(super) async fn services(client: Client, config: Arc<Config>, index: Index, 
 }
 
 fn meta<K: kube::Resource<DynamicType = ()>>(guard: DeserializeGuard<K>) -> ObjectMeta {
-    guard.0.map_or_else(|invalid| invalid.metadata, |object| object.meta().clone())
+    guard.0.map_or_else(|invalid| invalid.metadata, |mut object| std::mem::take(object.meta_mut()))
 }
 
 fn service(guard: DeserializeGuard<Service>, names: &mut Names, index: &Index) {
-    let (meta, converted) = match guard.0 {
-        Ok(object) => (object.metadata.clone(), convert::service(object, names).map_err(|e| e.to_string())),
-        Err(invalid) => (invalid.metadata, Err(invalid.error)),
+    let meta = match &guard.0 {
+        Ok(object) => &object.metadata,
+        Err(invalid) => &invalid.metadata,
     };
-    let Some(name) = convert::name(&meta, names) else { return };
+    let Some(name) = convert::name(meta, names) else { return };
+    let uid = meta.uid.clone().unwrap_or_default();
+    let converted = match guard.0 {
+        Ok(object) => convert::service(object, names).map_err(|e| e.to_string()),
+        Err(invalid) => Err(invalid.error),
+    };
     match converted {
         Ok(service) => index.service(name, service),
-        Err(why) => index.refused(Reason::InvalidService, name, &meta.uid.unwrap_or_default(), &why),
+        Err(why) => index.refused(Reason::InvalidService, name, &uid, &why),
     }
 }
 
