@@ -199,6 +199,10 @@ impl ServiceMap {
             self.again = true;
             return;
         }
+        // Without these nothing may be concluded; each of them turns again.
+        if !self.deps.index.complete() {
+            return;
+        }
         let Some(info) = self.deps.node.borrow().clone() else { return };
         self.node = Arc::new(node_facts(&info, &self.node));
         self.busy = true;
@@ -250,6 +254,17 @@ impl ServiceMap {
         let now: BTreeSet<Problem> = problems.into_iter().collect();
         let leads = *self.deps.leader.borrow();
         let new: Vec<&Problem> = now.difference(&self.told).collect();
+        self.tell_new(&new, leads, ctx);
+        self.told = now;
+    }
+
+    /// Another may have led when these came up, or nobody.
+    fn tell_as_leader(&self, ctx: &mut Ctx<'_, Self>) {
+        let clusters: Vec<&Problem> = self.told.iter().filter(|p| p.reason.of_the_cluster()).collect();
+        self.tell_new(&clusters, true, ctx);
+    }
+
+    fn tell_new(&self, new: &[&Problem], leads: bool, ctx: &mut Ctx<'_, Self>) {
         for problem in new.iter().take(TOLD_AT_ONCE) {
             tracing::warn!(about = %problem.about, reason = problem.reason.name(), "{}", problem.message);
             if leads || !problem.reason.of_the_cluster() {
@@ -261,7 +276,6 @@ impl ServiceMap {
             tracing::warn!(more, "More Services have problems");
             self.record(About::Node, "ServiceProblems", note, ctx);
         }
-        self.told = now;
     }
 
     fn record(&self, about: About, reason: &str, note: String, ctx: &mut Ctx<'_, Self>) {
@@ -334,6 +348,11 @@ impl Actor for ServiceMap {
     fn started(&mut self, ctx: &mut Ctx<'_, Self>) -> Result<(), StartError> {
         ctx.on_change(self.deps.index.changed(), |actor: &mut Self, _, ctx| actor.turn(false, ctx));
         ctx.on_change(self.deps.node.clone(), |actor: &mut Self, _, ctx| actor.turn(false, ctx));
+        ctx.on_change(self.deps.leader.clone(), |actor: &mut Self, leads, ctx| {
+            if leads {
+                actor.tell_as_leader(ctx);
+            }
+        });
         ctx.every(RETRY, |actor, ctx| {
             if actor.snapshot.retry {
                 actor.turn(true, ctx);

@@ -246,7 +246,10 @@ fn what_is_wrong_is_said_once_and_leaves_the_others_alone() {
     assert_eq!(maps.counts("10.96.0.1"), [2, 0], "inside web's as it was, outside the other's");
     until("Events tell what this node alone knows, and the leader the rest", || {
         let events = api.store().events();
-        events.iter().any(|e| e["regarding"]["name"] == "big" && e["reason"] == "ServiceTableFull")
+        let told = |name: &str, reason: &str| {
+            events.iter().any(|e| e["regarding"]["name"] == name && e["reason"] == reason)
+        };
+        told("big", "ServiceTableFull") && told("thief", "ServiceAddressConflict") && told("bad-1", "InvalidEndpoints")
     });
     let seen = api.store().events().iter().filter(|e| e["regarding"]["name"] == "big").count();
     assert_eq!(seen, 1);
@@ -417,9 +420,8 @@ fn one_endpoint_is_in_the_maps_soon_after_the_watch_has_told() {
     until("all are carried", || maps.0.lock().tables.frontends.len() == services);
     let mut took = Vec::new();
     for n in 0..20 {
-        let began = Instant::now();
+        let (began, writes) = (Instant::now(), maps.writes());
         api.put(&slice_path("s7-1"), slice("s7", &["10.0.0.8", "10.1.0.8"][..1 + n % 2]));
-        let writes = maps.writes();
         until("it is written", || maps.writes() > writes);
         took.push(began.elapsed());
     }

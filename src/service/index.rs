@@ -187,6 +187,11 @@ impl Index {
         });
     }
 
+    /// Full lists of both kinds have been seen.
+    pub fn complete(&self) -> bool {
+        self.inner.lock().complete == [true, true]
+    }
+
     pub fn names(&self) -> Vec<ServiceName> {
         self.inner.lock().services.keys().cloned().collect()
     }
