@@ -16,6 +16,7 @@ mod entry;
 mod hook;
 mod pins;
 mod programs;
+pub mod services;
 mod sockets;
 mod ways;
 
@@ -255,6 +256,11 @@ impl Datapath {
     /// The other way round. Success when they are not there.
     pub fn detach_sockets(&mut self) -> Result<(), DatapathError> {
         sockets::detach(&self.pins)
+    }
+
+    /// The maps behind Services, for their owner.
+    pub fn service_maps(&self) -> Result<services::KernelMaps, DatapathError> {
+        services::KernelMaps::open(&self.pins)
     }
 
     /// The programs of the socket path that are in force, read from the kernel.

@@ -16,7 +16,7 @@ use fairway_ebpf_abi::{
     AFFINITIES, Addr, Affinity, AffinityKey, BACKENDS, Backend, COUNTERS, Counters, ENDPOINT, ENI_INGRESS, Endpoint,
     FRONTENDS, Frontend, FrontendKey, IN_POD, LINKS, Link, MAX_AFFINITIES, MAX_BACKENDS, MAX_ENDPOINTS, MAX_FRONTENDS,
     MAX_NAMESPACES, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, NAMESPACES, NODE, ORIGINALS,
-    Original, POD_EGRESS, POD_INGRESS, PODS, Pod, RangeKey, SLOTS, SOCKETS, SOURCE_RANGES, SlotKey, SocketKey,
+    Original, POD_EGRESS, POD_INGRESS, PODS, Pod, SLOTS, SOCKETS, SOURCE_RANGES, SlotKey, SocketKey, TrieKey,
 };
 
 use super::hook::Direction;
@@ -47,7 +47,7 @@ const MAPS: [MapSpec; 12] = [
     hash::<FrontendKey, Frontend>(FRONTENDS, MAX_FRONTENDS),
     hash::<SlotKey, Backend>(SLOTS, MAX_BACKENDS),
     hash::<u32, Backend>(BACKENDS, MAX_BACKENDS),
-    hash::<(u32, RangeKey), u32>(SOURCE_RANGES, MAX_SOURCE_RANGES).of_type(MapType::LpmTrie),
+    hash::<TrieKey, u32>(SOURCE_RANGES, MAX_SOURCE_RANGES).of_type(MapType::LpmTrie),
     lru::<AffinityKey, Affinity>(AFFINITIES, MAX_AFFINITIES),
     hash::<u64, u32>(NAMESPACES, MAX_NAMESPACES),
     lru::<SocketKey, Original>(SOCKETS, MAX_SOCKETS),

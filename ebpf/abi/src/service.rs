@@ -117,6 +117,14 @@ pub struct RangeKey {
     pub addr: Addr,
 }
 
+/// As the kernel takes the key of an LPM trie.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TrieKey {
+    pub prefix: u32,
+    pub key: RangeKey,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AffinityKey {
@@ -210,7 +218,7 @@ const _: () = {
     assert!(size_of::<Frontend>() == 16);
     assert!(size_of::<SlotKey>() == 8);
     assert!(size_of::<Backend>() == 24 && align_of::<Backend>() == 4);
-    assert!(size_of::<RangeKey>() == 20);
+    assert!(size_of::<RangeKey>() == 20 && size_of::<TrieKey>() == 24);
     assert!(size_of::<AffinityKey>() == 24);
     assert!(size_of::<Affinity>() == 16);
     assert!(size_of::<Original>() == 24);
@@ -229,6 +237,7 @@ mod user {
     unsafe impl aya::Pod for SlotKey {}
     unsafe impl aya::Pod for Backend {}
     unsafe impl aya::Pod for RangeKey {}
+    unsafe impl aya::Pod for TrieKey {}
     unsafe impl aya::Pod for AffinityKey {}
     unsafe impl aya::Pod for Affinity {}
     unsafe impl aya::Pod for Original {}
