@@ -60,7 +60,8 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
     // The cluster: facts outlive the actor that publishes them.
     let (publisher, facts) = crate::cluster::facts();
     let cluster: Handle<ClusterWatch> = tree.child({
-        let services = config.services.enabled;
+        // Without programs nobody would read the maps.
+        let services = config.services.enabled && config.bpffs.is_some();
         let cluster = crate::cluster::Config { node_name: config.node.clone(), services, ..config.cluster.clone() };
         let facts = facts.clone();
         move || ClusterWatch::open(cluster.clone(), publisher.clone(), facts.clone())
@@ -106,7 +107,8 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
 
     // Services.
     let (service_sender, service_figures) = watch::channel(Arc::new(ServiceSnapshot::default()));
-    let services: Option<Handle<ServiceMap>> = config.services.enabled.then(|| {
+    let carried = programs.clone().filter(|_| config.services.enabled);
+    let services: Option<Handle<ServiceMap>> = carried.map(|programs| {
         let deps = service::Deps {
             node_name: config.node.clone(),
             index: facts.services.clone(),
@@ -114,7 +116,7 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
             pods: facts.pods.clone(),
             leader: facts.leader.clone(),
             record_event: cluster.port(),
-            maps: service_maps(programs.as_ref()),
+            maps: service_maps(programs),
             snapshots: service_sender,
         };
         tree.child(move || ServiceMap::open(deps.clone()))
@@ -261,9 +263,9 @@ fn views(
     Views { actors: tree.registry().clone(), views, queries, ready, metrics }
 }
 
-/// The maps that ServiceMap writes to.
-fn service_maps(_: Option<&Arc<Programs>>) -> service::OpenMaps {
-    Arc::new(|| Ok(Box::new(service::maps::MemoryMaps::default())))
+/// The maps that ServiceMap writes to: those that the programs read.
+fn service_maps(programs: Arc<Programs>) -> service::OpenMaps {
+    Arc::new(move || Ok(Box::new(programs.service_maps()?)))
 }
 
 fn service_views(views: &mut Views, services: &Handle<ServiceMap>, figures: &watch::Receiver<Arc<ServiceSnapshot>>) {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "cluster_support/api.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
 mod api;
 
 use std::io::{Read as _, Write as _};
@@ -246,9 +247,8 @@ fn what_is_wrong_is_said_once_and_leaves_the_others_alone() {
     assert_eq!(maps.counts("10.96.0.1"), [2, 0], "inside web's as it was, outside the other's");
     until("Events tell what this node alone knows, and the leader the rest", || {
         let events = api.store().events();
-        let told = |name: &str, reason: &str| {
-            events.iter().any(|e| e["regarding"]["name"] == name && e["reason"] == reason)
-        };
+        let told =
+            |name: &str, reason: &str| events.iter().any(|e| e["regarding"]["name"] == name && e["reason"] == reason);
         told("big", "ServiceTableFull") && told("thief", "ServiceAddressConflict") && told("bad-1", "InvalidEndpoints")
     });
     let seen = api.store().events().iter().filter(|e| e["regarding"]["name"] == "big").count();
