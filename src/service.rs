@@ -170,6 +170,8 @@ pub struct ServiceMap {
     /// A look is in work; another is wanted when it ends.
     busy: bool,
     again: bool,
+    /// Why the maps cannot be relied on; this embodiment ends soon.
+    stalled: Option<String>,
 }
 
 impl ServiceMap {
@@ -190,6 +192,7 @@ impl ServiceMap {
             synced_at: None,
             busy: false,
             again: false,
+            stalled: None,
         })
     }
 
@@ -219,8 +222,14 @@ impl ServiceMap {
                         actor.turn(false, ctx);
                     }
                 }
-                // What is in the maps is no longer known: begin anew.
-                Ok(Err(e)) => ctx.fail(e.to_string()),
+                // What is in the maps is no longer known: begin anew, but not at once.
+                // The agent has more to do than this.
+                Ok(Err(e)) => {
+                    tracing::error!(error = %e, "Services cannot be carried; starting over soon");
+                    actor.busy = true;
+                    actor.stalled = Some(e.to_string());
+                    ctx.after(RETRY, move |_, ctx| ctx.fail(e.to_string()));
+                }
                 Err(gone) => ctx.fail(gone.to_string()),
             }
         });
@@ -309,6 +318,9 @@ impl ServiceMap {
 
     /// What is still awaited before anything can be written.
     fn awaited(&self) -> Option<String> {
+        if let Some(why) = &self.stalled {
+            return Some(format!("another try: {why}"));
+        }
         if self.synced_at.is_some() {
             return None;
         }

@@ -263,6 +263,20 @@ fn what_is_wrong_is_said_once_and_leaves_the_others_alone() {
     agent.stop();
 }
 
+#[test]
+fn maps_that_cannot_be_written_do_not_end_the_agent() {
+    let api = Api::new();
+    let maps = Pinned::default();
+    maps.0.lock().refuse = Some(|_, _| true);
+    api.put(&service_path("web"), service("web", "10.96.0.1", |_| ()));
+    let agent = Agent::start(&api, &maps);
+    until("it says so", || agent.status().awaited.is_some_and(|why| why.contains("cannot be written")));
+    maps.0.lock().refuse = None;
+    until("it starts over", || maps.counts("10.96.0.1") == [0]);
+    until("all is well", || agent.status().awaited.is_none());
+    agent.stop();
+}
+
 fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }

@@ -14,6 +14,7 @@ use fairway::service::maps::{Chunk, Counts, MemoryMaps};
 use fairway::service::model::{Endpoint, NodeFacts, Protocol, Service, ServiceName, ServicePort, Slice, SlicePort};
 use fairway::service::problem::Reason;
 use fairway::service::sync::Syncer;
+use fairway_ebpf_abi as abi;
 
 fn name(n: u32) -> ServiceName {
     ServiceName::new("default", format!("s{n:06}"))
@@ -235,6 +236,49 @@ fn what_the_kernel_refuses_leaves_the_others_whole() {
         assert_eq!(syncer.book.problems().count(), 0);
         let back = [w.put(0, 1, 3), w.put(1, 1, 3), w.put(2, 1, 3)];
         syncer.sync(back, &w).unwrap();
+    }
+}
+
+#[test]
+fn flows_stay_with_an_endpoint_that_is_merely_unready() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let w = Small::default();
+        let put = |change: fn(&mut Endpoint)| {
+            let (mut service, mut slice) = (service(0, 1), slice(0, 2));
+            service.ports[0].protocol = protocol;
+            slice.ports[0].protocol = protocol;
+            change(&mut slice.endpoints[0]);
+            let input = Input { service: Some(Arc::new(service)), slices: vec![Arc::new(slice)] };
+            w.0.borrow_mut().insert(name(0), input);
+        };
+        let first = |maps: &MemoryMaps| {
+            let of = maps.tables.backends.values().find(|b| IpAddr::from(b.addr) == address(0x0b00_0000, 0));
+            of.map(|b| (b.id, b.flags & abi::BACKEND_DRAINING != 0))
+        };
+        put(|_| ());
+        let mut syncer = Syncer::open(MemoryMaps::default()).unwrap();
+        syncer.sync([name(0)], &w).unwrap();
+        let (id, _) = first(&syncer.maps).unwrap();
+        let mut step = |change: fn(&mut Endpoint)| {
+            put(change);
+            syncer.sync([name(0)], &w).unwrap();
+            (first(&syncer.maps), slots_of(&syncer.maps, 0), std::mem::take(&mut syncer.maps.gone).len())
+        };
+        assert_eq!(step(|e| e.ready = false), (Some((id, true)), Some(1), 0), "unready");
+        assert_eq!(step(|_| ()), (Some((id, false)), Some(2), 0), "and ready again");
+        let finished = step(|e| (e.ready, e.serving, e.terminating) = (false, false, true));
+        match protocol {
+            // Nobody says that a UDP flow has ended: it must not stay.
+            Protocol::Udp => assert_eq!(finished, (None, Some(1), 1)),
+            _ => assert_eq!(finished, (Some((id, true)), Some(1), 0), "connections end with the pod"),
+        }
+        // An agent that starts anew knows whose the id is, although it has no slot.
+        put(|e| e.ready = false);
+        syncer.sync([name(0)], &w).unwrap();
+        let known = first(&syncer.maps);
+        let mut anew = Syncer::open(std::mem::take(&mut syncer.maps)).unwrap();
+        anew.sync([name(0)], &w).unwrap();
+        assert_eq!(first(&anew.maps), known);
     }
 }
 
