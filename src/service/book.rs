@@ -62,9 +62,16 @@ pub struct Book {
 pub struct Round {
     changes: Vec<Change>,
     /// What an earlier run has left, less what is somebody's by now.
-    leftovers: Option<Writes>,
+    leftovers: Option<Adopted>,
     /// Services looked at.
     pub compiled: usize,
+}
+
+impl Round {
+    /// Sets that a frontend names when the round is done.
+    fn named(&self) -> HashSet<u32> {
+        self.changes.iter().flat_map(|c| c.new.frontends.iter().map(|(_, f)| f.set)).collect()
+    }
 }
 
 struct Change {
@@ -140,12 +147,7 @@ impl Book {
             let change = self.change(name, &wanted, adopted.as_mut(), &mut peak);
             round.changes.extend(change);
         }
-        if let Some(adopted) = adopted {
-            let mut writes = Writes::default();
-            let claims = &self.claims;
-            adopted.leave(|key| claims.owner(key).is_some(), &mut self.numbers, &mut writes);
-            round.leftovers = Some(writes);
-        }
+        round.leftovers = adopted;
         round
     }
 
@@ -252,11 +254,7 @@ impl Book {
             round.changes.iter().flat_map(|c| c.new.frontends.iter().map(|f| f.0)).collect();
         dismiss(dropped, |key| kept.contains(key), &mut out);
         if let Some(left) = &round.leftovers {
-            out.delete_frontends.extend(&left.delete_frontends);
-            out.delete_slots.extend(&left.delete_slots);
-            out.delete_ranges.extend(&left.delete_ranges);
-            out.delete_backends.extend(&left.delete_backends);
-            out.gone.extend(&left.gone);
+            left.leave(&round.named(), |key| kept.contains(key), &mut out);
         }
         out
     }
@@ -293,8 +291,9 @@ impl Book {
         }
         // What was adopted is counted only as what has become of it.
         let first = round.leftovers.is_some();
-        if first {
-            self.adopted = None;
+        let named = if first { round.named() } else { HashSet::new() };
+        if let Some(left) = round.leftovers {
+            left.take_back(&named, &mut self.numbers);
             self.used = Counts::default();
         }
         for change in round.changes {
