@@ -240,6 +240,28 @@ fn what_the_kernel_refuses_leaves_the_others_whole() {
 }
 
 #[test]
+fn the_last_takes_the_place_of_one_that_leaves_and_a_new_one_before_it() {
+    let w = Small::default();
+    let mut syncer = Syncer::open(MemoryMaps::default()).unwrap();
+    let mut order = |endpoints: &[u32]| -> Vec<u32> {
+        let mut slice = slice(0, 10);
+        slice.endpoints = endpoints.iter().map(|e| slice.endpoints[*e as usize].clone()).collect();
+        let input = Input { service: Some(Arc::new(service(0, 1))), slices: vec![Arc::new(slice)] };
+        w.0.borrow_mut().insert(name(0), input);
+        syncer.sync([name(0)], &w).unwrap();
+        let slots = syncer.maps.tables.slots.iter().filter(|(k, _)| k.set != abi::SET_NONE);
+        let number = |b: &abi::Backend| (0..10).find(|e| address(0x0b00_0000, *e) == IpAddr::from(b.addr)).unwrap();
+        slots.map(|(_, b)| number(b)).collect()
+    };
+    assert_eq!(order(&[0, 1, 2, 3, 4]), [0, 1, 2, 3, 4]);
+    assert_eq!(order(&[0, 2, 3, 4]), [0, 4, 2, 3], "the last fills the gap");
+    assert_eq!(order(&[0, 3, 4, 7]), [0, 4, 7, 3], "a new one fills it");
+    assert_eq!(order(&[0, 3, 4, 7, 8]), [0, 4, 7, 3, 8], "or is appended");
+    assert_eq!(order(&[8]), [8]);
+    assert_eq!(order(&[]), [0; 0]);
+}
+
+#[test]
 fn flows_stay_with_an_endpoint_that_is_merely_unready() {
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let w = Small::default();

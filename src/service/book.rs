@@ -17,7 +17,7 @@ use super::diff::{BACKEND_MARK, SET_MARK, Writes, diff, dismiss};
 use super::ids::Ids;
 use super::maps::{Counts, Tables};
 use super::model::{NodeFacts, Service, ServiceName, Slice, words};
-use super::place::{Installed, Numbers, growth, place};
+use super::place::{Installed, InstalledSet, Numbers, growth, place};
 use super::problem::{Problem, Reason};
 
 /// What the cluster says of a Service now.
@@ -65,13 +65,6 @@ pub struct Round {
     leftovers: Option<Adopted>,
     /// Services looked at.
     pub compiled: usize,
-}
-
-impl Round {
-    /// Sets that a frontend names when the round is done.
-    fn named(&self) -> HashSet<u32> {
-        self.changes.iter().flat_map(|c| c.new.frontends.iter().map(|(_, f)| f.set)).collect()
-    }
 }
 
 struct Change {
@@ -254,7 +247,7 @@ impl Book {
             round.changes.iter().flat_map(|c| c.new.frontends.iter().map(|f| f.0)).collect();
         dismiss(dropped, |key| kept.contains(key), &mut out);
         if let Some(left) = &round.leftovers {
-            left.leave(&round.named(), |key| kept.contains(key), &mut out);
+            left.leave(|key| kept.contains(key), &mut out);
         }
         out
     }
@@ -291,9 +284,8 @@ impl Book {
         }
         // What was adopted is counted only as what has become of it.
         let first = round.leftovers.is_some();
-        let named = if first { round.named() } else { HashSet::new() };
         if let Some(left) = round.leftovers {
-            left.take_back(&named, &mut self.numbers);
+            left.take_back(&mut self.numbers);
             self.used = Counts::default();
         }
         for change in round.changes {
@@ -371,10 +363,18 @@ impl Book {
     }
 }
 
-/// As it was, but for what has passed to others.
+/// As it was, but for what has passed to others, and what cannot be told of: an
+/// earlier run's set that somebody else uses too, slots that it left torn.
 fn stays(old: &Installed, identity: &Identity, claims: &Claims) -> Installed {
     let mut stays = old.clone();
-    stays.frontends.retain(|(key, _)| claims.owns(key, identity));
+    let whole = |set: &InstalledSet| set.slots.iter().position(|b| b.id == 0).unwrap_or(set.slots.len());
+    let counts: HashMap<u32, u32> =
+        old.sets.iter().map(|s| (s.id, u32::try_from(whole(s)).unwrap_or(u32::MAX))).collect();
+    stays.frontends.retain_mut(|(key, frontend)| {
+        let count = counts.get(&frontend.set).copied();
+        frontend.count = frontend.count.min(count.unwrap_or_default());
+        count.is_some() && claims.owns(key, identity)
+    });
     stays
 }
 
