@@ -54,14 +54,16 @@ fn is_node(addr: &Addr) -> bool {
 
 /// From now on all TCP packets of this pod are looked at.
 #[inline(always)]
-pub fn mark_translated(endpoint: Endpoint, addr: &Addr) {
+pub fn mark_translated(endpoint: Endpoint, link: &Link) {
     // SAFETY: values of the maps; every writer here writes the same number.
     unsafe {
         if let Some(link) = LINKS.get_ptr_mut(&endpoint) {
             (*link).translated = 1;
         }
-        if let Some(pod) = PODS.get_ptr_mut(addr) {
-            (*pod).translated = 1;
+        for addr in [&link.v4, &link.v6] {
+            if let Some(pod) = PODS.get_ptr_mut(addr) {
+                (*pod).translated = 1;
+            }
         }
     }
 }

@@ -97,7 +97,7 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
         flow::remember_fragment(scratch.src, scratch.dst, packet);
     }
     if packet.protocol == TCP && link.translated == 0 {
-        short::mark_translated(account::endpoint(ctx), &scratch.src);
+        short::mark_translated(account::endpoint(ctx), link);
     }
     if client != scratch.src { Outcome::Ends(refuse::to_sender(ctx)) } else { Outcome::On }
 }
