@@ -184,7 +184,7 @@ async fn pods_start_and_end_while_the_kubernetes_api_is_away() {
     let lab = lab("ff", 1, |_| ()).await;
     let names = create(&lab, "a", 2);
     let pods = ready(&lab, &names).await;
-    lab.site.kube.set_away(true);
+    lab.kube().set_away(true);
     let mut by_hand = Vec::new();
     for n in 0..3 {
         let sandbox = Sandbox::new(&lab, 0, &format!("h{n}"));
@@ -201,7 +201,7 @@ async fn pods_start_and_end_while_the_kubernetes_api_is_away() {
     for sandbox in &by_hand {
         assert!(sandbox.call(&lab, 0, "DEL").await.ok);
     }
-    lab.site.kube.set_away(false);
+    lab.kube().set_away(false);
     lab.settled().await;
     lab.down().await;
 }

@@ -10,6 +10,7 @@ pub mod pods;
 use std::time::Duration;
 
 use fairway::debug::Listen;
+use fairway::lab::kube::KubeLab;
 use fairway::lab::node::agent::AgentSpec;
 use fairway::lab::node::down;
 use fairway::lab::site::{Site, SiteConfig, SiteNode, tail};
@@ -134,6 +135,11 @@ pub fn lay(under: &mut Value, over: Value) {
 impl Lab {
     pub fn node(&self, index: usize) -> &SiteNode {
         &self.site.nodes[index]
+    }
+
+    /// The API stand-in.
+    pub fn kube(&self) -> &KubeLab {
+        self.site.cluster.stand_in.as_ref().unwrap()
     }
 
     /// Take everything down; what is still there afterwards fails the test.
