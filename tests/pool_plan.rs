@@ -5,6 +5,8 @@
 
 #[path = "pool_support/cloud.rs"]
 mod cloud;
+#[path = "pool_support/links.rs"]
+mod links;
 #[path = "pool_support/world.rs"]
 mod world;
 
@@ -274,6 +276,24 @@ fn a_full_node_says_so_at_once_with_figures() {
     assert_eq!(world.served(), 3);
     let error = PoolError::NodeFull { in_use: 3, limit: 3 }.to_string();
     assert_eq!(world.refusal(3).unwrap(), error);
+}
+
+#[test]
+fn an_exclusive_pod_without_a_place_hears_of_enis_not_of_addresses() {
+    let mut world = World::new(4, 10, 1, bare());
+    for n in 0..11 {
+        world.add(n, AttachMode::Veth, false);
+    }
+    world.settle();
+    for n in 20..22 {
+        world.add(n, AttachMode::Exclusive, false);
+    }
+    world.settle();
+    assert_eq!(world.served(), 12);
+    // Eleven addresses are in use, which has nothing to do with it.
+    let error = PoolError::NoPlace { shared: 2, limit: 3 }.to_string();
+    assert_eq!(world.refusal(21).or(world.refusal(20)).unwrap(), error);
+    assert!(error.contains("all 3 that") && error.contains("2 of them by ENIs that pods share"), "{error}");
 }
 
 #[test]

@@ -168,7 +168,10 @@ pub async fn interrupted() {
 }
 
 pub async fn run(args: Args) -> anyhow::Result<bool> {
-    crate::telemetry::init(&crate::telemetry::Config { filter: "warn".to_owned(), ..Default::default() });
+    crate::telemetry::init(&crate::telemetry::Config {
+        filter: "warn,netlink_proto=error".to_owned(),
+        ..Default::default()
+    });
     if !matches!(args.command, Command::KubeApi(_)) && !nix::unistd::geteuid().is_root() {
         bail!("the lab makes network namespaces and devices: run it as root (sudo)");
     }
@@ -221,10 +224,13 @@ async fn take_down(ids: Vec<LabId>) -> anyhow::Result<bool> {
         }
         let this = id.clone();
         let swept = tokio::task::spawn_blocking(move || down::sweep(&this)).await?;
-        match swept.with_context(|| format!("lab {id}"))? {
-            nothing if nothing.is_empty() => println!("lab {id}: nothing to remove"),
-            // In good order the lab's process has removed the rest itself.
-            swept => println!("lab {id}: removed {swept}"),
+        let swept = swept.with_context(|| format!("lab {id}"))?;
+        if swept.is_empty() {
+            println!("lab {id}: nothing to remove");
+        } else if swept.only_ended() {
+            println!("lab {id}: taken down");
+        } else {
+            println!("lab {id}: removed {swept}");
         }
     }
     Ok(true)

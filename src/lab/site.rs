@@ -166,6 +166,7 @@ impl Site {
         let id = config.id.clone();
         // From here on the name is ours.
         let claim = Arc::new(down::claim(&id)?);
+        super::cluster::forget_left_behind(&id.state_dir()).await;
         let held = claim.clone();
         let left = tokio::task::spawn_blocking(move || down::sweep_claimed(&id, &held, false)).await??;
         if !left.is_empty() {

@@ -82,7 +82,11 @@ impl State {
                 let phase = if *collect { LeasePhase::Collecting } else { LeasePhase::Wired };
                 let mut lease = (**lease).clone();
                 lease.v6 = address.v6;
-                let held = Held { lease, phase, since: now, reserve: None, recovered: true };
+                if self.lease_of(&lease.attachment).is_some() {
+                    return Err(format!("{} holds an address already", lease.attachment));
+                }
+                let recovered = lease.netns.as_os_str().is_empty() || lease.pod.namespace.is_empty();
+                let held = Held { lease, phase, since: now, reserve: None, recovered };
                 let v4 = held.lease.v4;
                 self.address(v4)?.state = AddressState::Leased(Box::new(held));
             }

@@ -11,19 +11,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::cloud::{self, EniKind, EniStatus, VSwitch};
 use crate::model::{
-    AttachMode, AttachmentId, Bandwidth, ClientToken, EniId, EniRef, InstanceId, Lease, PodKey, Subnet, VSwitchId,
+    AttachMode, AttachmentId, ClientToken, EniId, EniRef, InstanceId, Lease, PodKey, Subnet, VSwitchId,
 };
-use crate::netns::KernelInventory;
+use crate::netns::{KernelInventory, Note};
 
 use super::demand::BoundPods;
-use super::state::{AddressState, Device, Eni, EniKey, Held, LeasePhase, Phase, Purpose, State, Time};
+use super::state::{AddressState, Device, Eni, EniKey, Held, LeasePhase, MADE_UP, Phase, Purpose, State, Time};
 use super::step::Step;
 
 pub const TAG_CLUSTER: &str = "fairway.io/cluster";
@@ -252,6 +251,9 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
         list.iter().filter_map(|ip| if let IpAddr::V4(v4) = ip { Some(*v4) } else { None }).collect()
     };
     let (routed, ruled) = (v4s(&kernel.routed), v4s(&kernel.ruled));
+    let noted: BTreeMap<Ipv4Addr, &Note> =
+        kernel.attached.iter().flat_map(|a| v4s(&a.addresses).into_iter().map(|v4| (v4, &a.note))).collect();
+    let mut held: BTreeSet<AttachmentId> = state.leases().map(|(_, h)| h.lease.attachment.clone()).collect();
     for (v4, address) in state.addresses.iter().filter(|(_, a)| a.held().is_none()) {
         let Some(eni) = state.enis.get(&address.eni) else { continue };
         let pod = pod_of.get(v4);
@@ -262,7 +264,10 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
         if !used && !ruled.contains(v4) {
             continue;
         }
-        if let Some(lease) = recovered(*v4, address.v6, eni, pod.map(|p| (p.0.clone(), p.1.clone()))) {
+        // An attachment holds one address; the ledger's word comes first.
+        let note = noted.get(v4).copied().filter(|n| !held.contains(&n.attachment));
+        held.extend(note.map(|n| n.attachment.clone()));
+        if let Some(lease) = recovered(*v4, address.v6, eni, pod.cloned(), note) {
             steps.push(Step::Recover { lease: Box::new(lease), collect: !used });
             if in_pod {
                 let rx_queues = state.meta.limits.queues_per_secondary_eni.max(1);
@@ -286,16 +291,24 @@ fn pods_by_address(pods: &BoundPods) -> BTreeMap<Ipv4Addr, (PodKey, String)> {
     by_address
 }
 
-/// A lease whose attachment is not known, only its address.
-fn recovered(v4: Ipv4Addr, v6: Option<Ipv6Addr>, eni: &Eni, pod: Option<(PodKey, String)>) -> Option<Lease> {
-    let (pod, pod_uid) = match pod {
-        Some((pod, uid)) => (pod, Some(uid)),
-        None => (PodKey::new("", format!("unknown-{v4}")), None),
-    };
+/// A lease that the ledger lacks: what the host link says, and what the cluster
+/// does, the rest made up.
+fn recovered(
+    v4: Ipv4Addr,
+    v6: Option<Ipv6Addr>,
+    eni: &Eni,
+    shown: Option<(PodKey, String)>,
+    note: Option<&Note>,
+) -> Option<Lease> {
+    let made_up = || AttachmentId { sandbox: format!("{MADE_UP}{v4}").into(), ifname: "eth0".to_owned() };
+    let (shown, shown_uid) = shown.unzip();
+    let pod = note.and_then(|n| n.pod.clone());
+    // Who has the address in the cluster may be another pod than the link's.
+    let uid = shown_uid.filter(|_| pod.is_none() || pod == shown);
     Some(Lease {
-        attachment: AttachmentId { sandbox: format!("recovered-{v4}").into(), ifname: "eth0".to_owned() },
-        pod,
-        pod_uid,
+        attachment: note.map_or_else(made_up, |n| n.attachment.clone()),
+        pod_uid: note.and_then(|n| n.pod_uid.clone()).or(uid),
+        pod: pod.or(shown).unwrap_or_else(|| PodKey::new("", format!("unknown-{v4}"))),
         mode: match eni.purpose {
             Purpose::Shared => AttachMode::Veth,
             Purpose::Exclusive => AttachMode::Exclusive,
@@ -303,8 +316,8 @@ fn recovered(v4: Ipv4Addr, v6: Option<Ipv6Addr>, eni: &Eni, pod: Option<(PodKey,
         eni: eni.eni.clone()?,
         v4,
         v6,
-        netns: PathBuf::new(),
-        bandwidth: Bandwidth::default(),
+        netns: note.and_then(|n| n.netns.clone()).unwrap_or_default(),
+        bandwidth: note.map(|n| n.bandwidth).unwrap_or_default(),
     })
 }
 
@@ -328,6 +341,7 @@ pub struct Evidence<'a> {
 /// Is the owner of this lease gone, as far as one reading can tell?
 pub fn gone(held: &Held, evidence: &Evidence<'_>) -> Option<Gone> {
     let lease = &held.lease;
+    // Not all is known by which others are judged: what the kernel shows decides.
     if held.recovered {
         let kernel = evidence.kernel?;
         let sandbox_gone = match lease.mode {

@@ -22,6 +22,7 @@ use fairway::pool::work::{Subject, Work, due};
 use fairway::pool::{Allocate, Config, PoolError};
 
 use super::cloud::ModelCloud;
+use super::links::{attached, noted};
 
 pub struct World {
     pub state: State,
@@ -219,6 +220,9 @@ impl World {
                 fairway::pool::Why::Waiting(_) => {}
                 fairway::pool::Why::Full { in_use, limit } => {
                     refused.push((w.attachment.clone(), PoolError::NodeFull { in_use, limit }.to_string()));
+                }
+                fairway::pool::Why::NoPlace { shared, limit } => {
+                    refused.push((w.attachment.clone(), PoolError::NoPlace { shared, limit }.to_string()));
                 }
                 fairway::pool::Why::Refused(reason) => refused.push((w.attachment.clone(), reason)),
             }
@@ -425,6 +429,12 @@ impl World {
             enis: here.map(|e| (e.mac, e.id.to_string())).collect(),
             ruled: routed.clone(),
             routed,
+            attached: self
+                .pods
+                .iter()
+                .filter(|(a, _)| noted(a))
+                .map(|(a, (ip, pod, _))| attached(a, *ip, pod))
+                .collect(),
             ..KernelInventory::default()
         }
     }
@@ -453,11 +463,8 @@ impl World {
             let Some(held) = self.state.addresses.get(ip).and_then(|a| a.held()) else {
                 panic!("{attachment} uses {ip}, which is {:?}", self.state.addresses.get(ip));
             };
-            assert!(
-                held.recovered || held.lease.attachment == *attachment,
-                "{ip} is leased to {}",
-                held.lease.attachment
-            );
+            let same = held.lease.attachment == *attachment;
+            assert!(same || held.recovered && !noted(attachment), "{ip} is leased to {}", held.lease.attachment);
         }
     }
 

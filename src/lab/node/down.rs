@@ -114,6 +114,12 @@ impl Swept {
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
+
+    /// The lab's process was ended, and has removed everything itself.
+    pub fn only_ended(&self) -> bool {
+        let left = self.cgroups.len() + self.mounts.len() + self.namespaces.len() + self.folders.len();
+        left == 0 && !self.processes.is_empty()
+    }
 }
 
 impl fmt::Display for Swept {
