@@ -25,7 +25,7 @@ mod message;
 mod monitor;
 pub mod names;
 mod nl;
-mod note;
+pub mod note;
 pub mod objects;
 pub mod plan;
 mod programs;

@@ -13,9 +13,8 @@ use serde_json::{Value, json};
 /// The pool's line about the address of a pod.
 async fn line_of(lab: &Lab, pod: &str) -> Option<Value> {
     let view = lab.view(0, "/debug/pool").await.unwrap();
-    let pod = format!("default/{pod}");
     let addresses = view["addresses"].as_array().unwrap().clone();
-    addresses.into_iter().find(|a| a.to_string().contains(&format!("\"{pod}\"")))
+    addresses.into_iter().find(|a| a["pod"] == json!({"namespace": "default", "name": pod}))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

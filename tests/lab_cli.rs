@@ -1,6 +1,9 @@
 //! `fairway lab up|run|status|down` as a person uses them: separate processes,
 //! and nothing left in the end, whatever happened in between.
 
+#[path = "support/skip.rs"]
+mod skipping;
+
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -12,20 +15,7 @@ use fairway::lab::vpc::name::LabId;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-
-fn skip(test: &str) -> bool {
-    if nix::unistd::geteuid().is_root() {
-        return false;
-    }
-    let line = format!("SKIPPED: {test}: root");
-    println!("{line}");
-    if let Some(path) = std::env::var_os("FAIRWAY_SKIPPED") {
-        use std::io::Write as _;
-        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
-        writeln!(file, "{line}").unwrap();
-    }
-    true
-}
+use skipping::{NFT, missing_of, skip};
 
 /// A lab's name; what is left of it goes when the test ends.
 struct Named(LabId);
@@ -136,8 +126,8 @@ fn assert_web(report: &Report) {
 
 #[test]
 fn a_lab_goes_on_in_the_background_and_takes_manifests() {
-    if skip("a_lab_goes_on_in_the_background_and_takes_manifests") {
-        return;
+    if let Some(missing) = missing_of(&[NFT]) {
+        return skip("a_lab_goes_on_in_the_background_and_takes_manifests", missing);
     }
     let (lab, dir, before) = (Named::new("ca"), tempfile::tempdir().unwrap(), sysctls());
     let web = manifest(dir.path());
@@ -181,15 +171,16 @@ fn a_lab_goes_on_in_the_background_and_takes_manifests() {
 
 #[test]
 fn a_killed_lab_is_named_replaced_and_removed() {
-    if skip("a_killed_lab_is_named_replaced_and_removed") {
-        return;
+    if let Some(missing) = missing_of(&[NFT]) {
+        return skip("a_killed_lab_is_named_replaced_and_removed", missing);
     }
     let (lab, other) = (Named::new("cb"), Named::new("cc"));
     let up = ["up", "--id", lab.id(), "--nodes", "1", "--latency-scale", "0"];
     let strike = || {
         let pid = lab.pid();
         kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-        while alive(pid) {
+        // Its last thread lets go of the lock a moment after its first has ended.
+        while down::life(&lab.0) != down::Life::Dead {
             std::thread::sleep(Duration::from_millis(10));
         }
     };
@@ -229,8 +220,8 @@ fn until_says(mut child: Child, words: &str) -> Child {
 
 #[test]
 fn an_interrupted_lab_leaves_nothing() {
-    if skip("an_interrupted_lab_leaves_nothing") {
-        return;
+    if let Some(missing) = missing_of(&[NFT]) {
+        return skip("an_interrupted_lab_leaves_nothing", missing);
     }
     let (lab, dir) = (Named::new("cd"), tempfile::tempdir().unwrap());
     let web = manifest(dir.path());
@@ -252,8 +243,8 @@ fn an_interrupted_lab_leaves_nothing() {
 
 #[test]
 fn run_makes_a_lab_of_its_own_and_tells_what_failed() {
-    if skip("run_makes_a_lab_of_its_own_and_tells_what_failed") {
-        return;
+    if let Some(missing) = missing_of(&[NFT]) {
+        return skip("run_makes_a_lab_of_its_own_and_tells_what_failed", missing);
     }
     let (lab, dir) = (Named::new("ce"), tempfile::tempdir().unwrap());
     let web = manifest(dir.path());
@@ -308,8 +299,8 @@ impl Drop for Elsewhere {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kubeconfig_takes_the_stand_ins_place() {
-    if skip("a_kubeconfig_takes_the_stand_ins_place") {
-        return;
+    if let Some(missing) = missing_of(&[NFT]) {
+        return skip("a_kubeconfig_takes_the_stand_ins_place", missing);
     }
     let (lab, dir) = (Named::new("cf"), tempfile::tempdir().unwrap());
     let web = manifest(dir.path());
@@ -337,7 +328,7 @@ async fn a_kubeconfig_takes_the_stand_ins_place() {
     // A lab that is killed leaves its nodes there; down finds them.
     good(&up);
     kill(Pid::from_raw(lab.pid()), Signal::SIGKILL).unwrap();
-    while alive(lab.pid()) {
+    while down::life(&lab.0) != down::Life::Dead {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(there.names("/api/v1/nodes").await.len(), 2);

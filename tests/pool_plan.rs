@@ -505,3 +505,35 @@ fn an_unknown_pod_list_expects_nothing() {
     world.settle();
     assert_eq!(world.cloud.mutating_calls(), 0, "a pod that has ended needs nothing");
 }
+
+#[test]
+fn a_lost_ledger_does_not_pair_addresses_otherwise_than_pods_use_them() {
+    for seed in 0..6 {
+        let mut world = World::new(4, 15, seed, Config { ip_stack: IpStack::Dual, ..bare() });
+        for n in 0..20 {
+            world.add(n, AttachMode::Veth, false);
+        }
+        world.settle();
+        assert_eq!(world.served(), 20);
+        // Every second leaves, so that the cloud's lists have gaps.
+        for n in (0..20).step_by(2) {
+            world.del(n);
+        }
+        world.settle_for(Duration::from_secs(60));
+        world.lose_ledger();
+        world.restart(true);
+        world.check_truth();
+        // Those who come get nothing that is used, in either family.
+        for n in 30..55 {
+            world.add(n, AttachMode::Veth, false);
+        }
+        world.settle_for(Duration::from_secs(300));
+        world.check_truth();
+        for n in (1..20).step_by(2) {
+            world.del(n);
+        }
+        world.settle_for(Duration::from_secs(300));
+        world.check_truth();
+        world.check_accounts();
+    }
+}

@@ -54,7 +54,7 @@ fn join(words: &[Option<String>]) -> String {
 }
 
 /// The note on a host link, if it is one and of this very link.
-pub(super) fn read(prefix: &str, link: &str, alias: &str) -> Option<Attached> {
+pub fn read(prefix: &str, link: &str, alias: &str) -> Option<Attached> {
     let mut words = alias.split(' ');
     if alias.len() > MOST || words.next() != Some(FORMAT) {
         return None;
@@ -136,6 +136,15 @@ mod tests {
         let text = write(lease).unwrap();
         assert!(text.len() <= MOST, "{text}");
         read("fw", &link_names("fw", &lease.attachment).host, &text).unwrap().note
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_alias_makes_the_reader_panic_or_says_what_was_not_written(alias in "(fairway1 )?[ -~]{0,80}|\\PC{0,60}", link in "fw[0-9a-f]{12}") {
+            if let Some(found) = read("fw", &link, &alias) {
+                assert_eq!(link_names("fw", &found.note.attachment).host, link);
+            }
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::model::{
 };
 use crate::netns::{KernelInventory, Note};
 
-use super::demand::BoundPods;
+use super::demand::{BoundPod, BoundPods};
 use super::state::{AddressState, Device, Eni, EniKey, Held, LeasePhase, MADE_UP, Phase, Purpose, State, Time};
 use super::step::Step;
 
@@ -246,28 +246,32 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
         steps.push(Step::Unwire { v4, collect: true });
     }
 
-    let pod_of = pods_by_address(pods);
-    let v4s = |list: &[IpAddr]| -> BTreeSet<Ipv4Addr> {
-        list.iter().filter_map(|ip| if let IpAddr::V4(v4) = ip { Some(*v4) } else { None }).collect()
-    };
+    let shown = by_address(pods.iter().flat_map(|p| p.iter()).filter(|p| !p.terminated).map(|p| (&p.addresses, p)));
+    let noted = by_address(kernel.attached.iter().map(|a| (&a.addresses, &a.note)));
+    let v4s = |list: &[IpAddr]| list.iter().filter_map(v4_of).collect::<BTreeSet<_>>();
     let (routed, ruled) = (v4s(&kernel.routed), v4s(&kernel.ruled));
-    let noted: BTreeMap<Ipv4Addr, &Note> =
-        kernel.attached.iter().flat_map(|a| v4s(&a.addresses).into_iter().map(|v4| (v4, &a.note))).collect();
+    // IPv6 addresses whose IPv4 one is known: the cloud's lists do not pair them.
+    let held6 = state.leases().filter_map(|(_, h)| h.lease.v6);
+    let paired6: BTreeSet<Ipv6Addr> =
+        shown.values().filter_map(|s| s.1).chain(noted.values().filter_map(|n| n.1)).chain(held6).collect();
+    let stray6 = |v6: Ipv6Addr| !paired6.contains(&v6) && kernel.routed.contains(&IpAddr::V6(v6));
     let mut held: BTreeSet<AttachmentId> = state.leases().map(|(_, h)| h.lease.attachment.clone()).collect();
     for (v4, address) in state.addresses.iter().filter(|(_, a)| a.held().is_none()) {
         let Some(eni) = state.enis.get(&address.eni) else { continue };
-        let pod = pod_of.get(v4);
+        let pod = shown.get(v4);
         let device_here = eni.eni.as_ref().is_some_and(|e| kernel.enis.iter().any(|(mac, _)| *mac == e.mac));
         let in_pod = rebuilt && eni.purpose == Purpose::Exclusive && !device_here;
+        let stray = address.v6.is_some_and(stray6);
         // A rule alone is what a half-done release leaves behind.
-        let used = routed.contains(v4) || pod.is_some() || in_pod;
-        if !used && !ruled.contains(v4) {
+        let used = routed.contains(v4) || pod.is_some() || in_pod || rebuilt && stray;
+        if !used && !ruled.contains(v4) && !stray {
             continue;
         }
         // An attachment holds one address; the ledger's word comes first.
-        let note = noted.get(v4).copied().filter(|n| !held.contains(&n.attachment));
-        held.extend(note.map(|n| n.attachment.clone()));
-        if let Some(lease) = recovered(*v4, address.v6, eni, pod.cloned(), note) {
+        let note = noted.get(v4).filter(|(note, _)| !held.contains(&note.attachment));
+        held.extend(note.map(|(note, _)| note.attachment.clone()));
+        let v6 = note.and_then(|n| n.1).or(pod.and_then(|p| p.1));
+        if let Some(lease) = recovered(*v4, v6, eni, pod.map(|p| p.0), note.map(|n| n.0)) {
             steps.push(Step::Recover { lease: Box::new(lease), collect: !used });
             if in_pod {
                 let rx_queues = state.meta.limits.queues_per_secondary_eni.max(1);
@@ -279,36 +283,39 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
     steps
 }
 
-fn pods_by_address(pods: &BoundPods) -> BTreeMap<Ipv4Addr, (PodKey, String)> {
-    let mut by_address = BTreeMap::new();
-    for pod in pods.iter().flat_map(|p| p.iter()).filter(|p| !p.terminated) {
-        for ip in &pod.addresses {
-            if let IpAddr::V4(v4) = ip {
-                by_address.insert(*v4, (pod.pod.clone(), pod.uid.clone()));
-            }
-        }
+fn v4_of(ip: &IpAddr) -> Option<Ipv4Addr> {
+    if let IpAddr::V4(v4) = ip { Some(*v4) } else { None }
+}
+
+/// Who has an IPv4 address, with the IPv6 address that goes with it.
+fn by_address<'a, T>(
+    all: impl Iterator<Item = (&'a Vec<IpAddr>, &'a T)>,
+) -> BTreeMap<Ipv4Addr, (&'a T, Option<Ipv6Addr>)> {
+    let mut found = BTreeMap::new();
+    for (addresses, who) in all {
+        let v6 = addresses.iter().find_map(|ip| if let IpAddr::V6(v6) = ip { Some(*v6) } else { None });
+        found.extend(addresses.iter().filter_map(v4_of).map(|v4| (v4, (who, v6))));
     }
-    by_address
+    found
 }
 
 /// A lease that the ledger lacks: what the host link says, and what the cluster
-/// does, the rest made up.
+/// does, the rest made up. `v6`: what is known to go with the address.
 fn recovered(
     v4: Ipv4Addr,
     v6: Option<Ipv6Addr>,
     eni: &Eni,
-    shown: Option<(PodKey, String)>,
+    shown: Option<&BoundPod>,
     note: Option<&Note>,
 ) -> Option<Lease> {
     let made_up = || AttachmentId { sandbox: format!("{MADE_UP}{v4}").into(), ifname: "eth0".to_owned() };
-    let (shown, shown_uid) = shown.unzip();
     let pod = note.and_then(|n| n.pod.clone());
     // Who has the address in the cluster may be another pod than the link's.
-    let uid = shown_uid.filter(|_| pod.is_none() || pod == shown);
+    let shown = shown.filter(|shown| pod.as_ref().is_none_or(|pod| *pod == shown.pod));
     Some(Lease {
         attachment: note.map_or_else(made_up, |n| n.attachment.clone()),
-        pod_uid: note.and_then(|n| n.pod_uid.clone()).or(uid),
-        pod: pod.or(shown).unwrap_or_else(|| PodKey::new("", format!("unknown-{v4}"))),
+        pod_uid: note.and_then(|n| n.pod_uid.clone()).or(shown.map(|s| s.uid.clone())),
+        pod: pod.or(shown.map(|s| s.pod.clone())).unwrap_or_else(|| PodKey::new("", format!("unknown-{v4}"))),
         mode: match eni.purpose {
             Purpose::Shared => AttachMode::Veth,
             Purpose::Exclusive => AttachMode::Exclusive,
@@ -338,6 +345,10 @@ pub struct Evidence<'a> {
     pub pods: &'a BoundPods,
 }
 
+fn addresses(lease: &Lease) -> impl Iterator<Item = IpAddr> {
+    std::iter::once(IpAddr::V4(lease.v4)).chain(lease.v6.map(IpAddr::V6))
+}
+
 /// Is the owner of this lease gone, as far as one reading can tell?
 pub fn gone(held: &Held, evidence: &Evidence<'_>) -> Option<Gone> {
     let lease = &held.lease;
@@ -345,7 +356,7 @@ pub fn gone(held: &Held, evidence: &Evidence<'_>) -> Option<Gone> {
     if held.recovered {
         let kernel = evidence.kernel?;
         let sandbox_gone = match lease.mode {
-            AttachMode::Veth => !kernel.routed.contains(&IpAddr::V4(lease.v4)),
+            AttachMode::Veth => !addresses(lease).any(|ip| kernel.routed.contains(&ip)),
             AttachMode::Exclusive => kernel.enis.iter().any(|(mac, _)| *mac == lease.eni.mac),
         };
         if sandbox_gone {

@@ -22,10 +22,7 @@ fn said(lease: &Lease, link: String) -> Attached {
 
 #[test]
 fn a_host_link_says_whose_it_is_and_is_believed_on_no_other() {
-    if skipped("a_host_link_says_whose_it_is_and_is_believed_on_no_other") {
-        return;
-    }
-    let lab = Lab::new();
+    let Some(lab) = Lab::here("a_host_link_says_whose_it_is_and_is_believed_on_no_other") else { return };
     let (own, shared) = (lab.eni(1), lab.eni(2));
     let (_own_ns, exclusive) = lab.pod(&own, 21, Exclusive);
     let (_ns, mut veth) = lab.pod(&shared, 22, Veth);

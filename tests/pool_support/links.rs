@@ -1,6 +1,6 @@
 //! What host links say of their attachments, in the models.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use fairway::model::*;
 use fairway::netns::{Attached, Note};
@@ -11,7 +11,7 @@ pub fn noted(attachment: &AttachmentId) -> bool {
 }
 
 /// What a host link of this attachment says.
-pub fn attached(attachment: &AttachmentId, ip: Ipv4Addr, pod: &PodKey) -> Attached {
+pub fn says(attachment: &AttachmentId, v4: Ipv4Addr, v6: Option<Ipv6Addr>, pod: &PodKey) -> Attached {
     let note = Note {
         attachment: attachment.clone(),
         netns: Some(format!("/var/run/netns/{}", attachment.sandbox).into()),
@@ -19,5 +19,6 @@ pub fn attached(attachment: &AttachmentId, ip: Ipv4Addr, pod: &PodKey) -> Attach
         pod: Some(pod.clone()),
         pod_uid: None,
     };
-    Attached { link: attachment.to_string(), note, addresses: vec![IpAddr::V4(ip)] }
+    let addresses = std::iter::once(IpAddr::V4(v4)).chain(v6.map(IpAddr::V6)).collect();
+    Attached { link: attachment.to_string(), note, addresses }
 }

@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 
 use super::cloud::ModelCloud;
-use super::links::{attached, noted};
+use super::links::{noted, says};
 
 /// What pods really use, and what the host really has.
 #[derive(Default)]
@@ -196,7 +196,7 @@ impl Node {
     /// What a host link says.
     fn says(&self, attachment: &AttachmentId, ip: Ipv4Addr) -> Attached {
         let n = attachment.sandbox.as_str().rsplit('-').next().unwrap_or_default();
-        let mut said = attached(attachment, ip, &PodKey::new("ns", format!("pod-{n}")));
+        let mut said = says(attachment, ip, None, &PodKey::new("ns", format!("pod-{n}")));
         said.note.netns = Some(self.netns.path().join(attachment.sandbox.as_str()));
         said
     }

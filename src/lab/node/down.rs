@@ -53,6 +53,7 @@ pub struct Claim {
 pub fn claim(id: &LabId) -> Result<Claim, DownError> {
     let dir = id.state_dir();
     let path = dir.join(PID_FILE);
+    let mut tries = 0..10;
     loop {
         make_dir(&dir).map_err(at(&dir))?;
         let file = match File::options().create(true).truncate(false).write(true).open(&path) {
@@ -60,6 +61,11 @@ pub fn claim(id: &LabId) -> Result<Claim, DownError> {
             other => other.map_err(at(&path))?,
         };
         let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
+            // Perhaps somebody only looks whether it is held, for a moment.
+            if tries.next().is_some() {
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            }
             return Err(DownError::Running(id.clone(), fs::read_to_string(&path).unwrap_or_default()));
         };
         // Whoever had it may have removed the folder between the two steps.

@@ -2,6 +2,9 @@
 //! that says every pod is well, and waiting without sleeping.
 #![allow(dead_code)]
 
+#[path = "../../support/skip.rs"]
+mod skipping;
+
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +13,7 @@ use fairway::lab::kube::kind::named;
 use fairway::lab::kube::registry::{Ctx, DeleteOptions, Filter, Registry, Sub, WatchEvent, WatchStart};
 use fairway::lab::kube::{KubeConfig, KubeLab, object};
 use serde_json::{Value, json};
+pub use skipping::skip as skipped;
 
 pub fn start(config: KubeConfig) -> (KubeLab, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -117,15 +121,4 @@ pub fn pod(name: &str, labels: Value, node: &str) -> Value {
     json!({"metadata": {"name": name, "labels": labels},
            "spec": {"nodeName": node, "containers": [{"name": "main", "image": "image:1",
                     "ports": [{"name": "http", "containerPort": 8080}]}]}})
-}
-
-/// What is missing here, said where it is counted.
-pub fn skipped(test: &str, missing: &str) {
-    let line = format!("SKIPPED: {test}: {missing}");
-    println!("{line}");
-    if let Ok(path) = std::env::var("FAIRWAY_SKIPPED") {
-        use std::io::Write as _;
-        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-        let _ = file.and_then(|mut file| writeln!(file, "{line}"));
-    }
 }
