@@ -24,6 +24,9 @@ async fn attachments_survive_the_loss_of_the_ledger() {
     }
     let lab = lab("ga", 1, |config| {
         config.dual = true;
+        // With GC, which portmap of the reference plugins does not know.
+        config.cni_version = "1.1.0".to_owned();
+        config.plugins = None;
         // Nothing but DEL itself can be what releases an address in this test.
         lay(&mut config.agent, json!({"pool": {"sandbox_gone_after": "10m", "pod_gone_after": "10m"}}));
     })

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use fairway::lab::cloud::LabCa;
 use fairway::lab::node::down;
 use fairway::lab::report::Report;
 use fairway::lab::vpc::name::LabId;
@@ -16,6 +18,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use skipping::{NFT, missing_of, skip};
+use tokio_rustls::TlsAcceptor;
 
 /// A lab's name; what is left of it goes when the test ends.
 struct Named(LabId);
@@ -280,6 +283,34 @@ impl Elsewhere {
         Self { child, kubeconfig }
     }
 
+    /// The same server as real ones are met: by its name, with a certificate for
+    /// that name alone.
+    async fn behind_tls(&self, dir: &Path) -> PathBuf {
+        let ca = LabCa::generate("somebody's CA").unwrap();
+        let tls = TlsAcceptor::from(ca.server(&["localhost".to_owned()]).unwrap());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let text = std::fs::read_to_string(&self.kubeconfig).unwrap();
+        let mut config: Value = serde_json::from_str(&text).unwrap();
+        let plain = config["clusters"][0]["cluster"]["server"].as_str().unwrap().replace("http://", "");
+        let pem = base64::engine::general_purpose::STANDARD.encode(ca.pem());
+        config["clusters"][0]["cluster"] =
+            json!({"server": format!("https://localhost:{port}"), "certificate-authority-data": pem});
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (tls, plain) = (tls.clone(), plain.clone());
+                tokio::spawn(async move {
+                    let mut stream = tls.accept(stream).await?;
+                    let mut server = tokio::net::TcpStream::connect(plain).await?;
+                    tokio::io::copy_bidirectional(&mut stream, &mut server).await
+                });
+            }
+        });
+        let path = dir.join("kubeconfig-tls");
+        std::fs::write(&path, config.to_string()).unwrap();
+        path
+    }
+
     async fn names(&self, path: &str) -> Vec<String> {
         let read = kube::config::Kubeconfig::read_from(&self.kubeconfig).unwrap();
         let config = kube::Config::from_custom_kubeconfig(read, &Default::default()).await.unwrap();
@@ -305,16 +336,17 @@ async fn a_kubeconfig_takes_the_stand_ins_place() {
     let (lab, dir) = (Named::new("cf"), tempfile::tempdir().unwrap());
     let web = manifest(dir.path());
     let there = Elsewhere::start(dir.path());
-    let file = there.kubeconfig.to_str().unwrap().to_owned();
+    let file = there.behind_tls(dir.path()).await.display().to_string();
     let up = ["up", "--id", lab.id(), "--nodes", "2", "--latency-scale", "0", "--kubeconfig", &file];
     good(&up);
     assert_eq!(there.names("/api/v1/nodes").await, ["n1", "n2"]);
     assert_eq!(there.names("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases").await, ["n1", "n2"]);
     // The lab's process serves no API of its own.
-    let own = std::fs::read_to_string(lab.folder().join("kubeconfig")).unwrap();
-    let server = std::fs::read_to_string(&file).unwrap();
-    let server = server.lines().find(|l| l.contains("server")).unwrap().trim();
-    assert!(own.contains(server), "{own}");
+    let server = |path: &Path| -> String {
+        let read: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        read["clusters"][0]["cluster"]["server"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(server(&lab.folder().join("kubeconfig")), server(Path::new(&file)));
 
     assert_web(&report(&good(&["run", "--id", lab.id(), &web, "--json"])));
     assert_eq!(there.names("/api/v1/namespaces/default/pods").await.len(), 2, "made by its controllers");
