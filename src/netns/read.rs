@@ -99,7 +99,18 @@ pub(super) struct Addr {
     pub(super) permanent: bool,
 }
 
+/// A device's addresses.
 pub(super) fn addresses(nl: &mut Nl, index: u32) -> Result<Vec<Addr>, NlError> {
+    Ok(list_addresses(nl, index)?.into_iter().filter(|(on, _)| *on == index).map(|(_, a)| a).collect())
+}
+
+/// The addresses of every device in the namespace.
+pub(super) fn all_addresses(nl: &mut Nl) -> Result<Vec<IpAddr>, NlError> {
+    Ok(list_addresses(nl, 0)?.into_iter().map(|(_, a)| a.net.addr()).collect())
+}
+
+/// Addresses with the index of their device; 0 asks for all devices.
+fn list_addresses(nl: &mut Nl, index: u32) -> Result<Vec<(u32, Addr)>, NlError> {
     let mut found = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut message = AddressMessage::default();
@@ -119,12 +130,10 @@ pub(super) fn addresses(nl: &mut Nl, index: u32) -> Result<Vec<Addr>, NlError> {
                 }
             }
             let net = local.or(address).and_then(|ip| IpNet::new(ip, a.header.prefix_len).ok());
-            if let (Some(net), true) = (net, a.header.index == index) {
-                found.push(Addr {
-                    net,
-                    global: a.header.scope == AddressScope::Universe,
-                    permanent: flags.contains(AddressFlags::Permanent),
-                });
+            if let Some(net) = net {
+                let global = a.header.scope == AddressScope::Universe;
+                let permanent = flags.contains(AddressFlags::Permanent);
+                found.push((a.header.index, Addr { net, global, permanent }));
             }
         }
     }

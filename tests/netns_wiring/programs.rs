@@ -45,6 +45,15 @@ impl PodPrograms for Probe {
     fn pinned(&self) -> Result<Vec<String>, String> {
         Ok(vec!["one".to_owned()])
     }
+    fn eni_up(&self, _: u32) -> Result<(), String> {
+        Ok(())
+    }
+    fn eni_gone(&self, _: u32) -> Result<(), String> {
+        Ok(())
+    }
+    fn node_addresses(&self, _: &[std::net::IpAddr]) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 #[test]
