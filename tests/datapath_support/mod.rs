@@ -132,7 +132,10 @@ impl TestPod {
     pub fn new(n: u8) -> Self {
         let netns = Netns::new();
         let host = format!("pod{n}");
-        ip(&format!("link add {host} address 02:00:00:00:01:{n:02x} type veth peer name eth0 address 02:00:00:00:02:{n:02x} netns {}", netns.path()));
+        ip(&format!(
+            "link add {host} address 02:00:00:00:01:{n:02x} type veth peer name eth0 address 02:00:00:00:02:{n:02x} netns {}",
+            netns.path()
+        ));
         sysctl(&format!("ipv4/conf/{host}/forwarding"), "1");
         sysctl("ipv6/conf/all/forwarding", "1");
         ip(&format!("link set {host} up"));
@@ -209,7 +212,15 @@ impl Services {
     }
 
     /// A frontend with a set of its own, as the value of `set`.
-    pub fn put(&mut self, set: u32, at: SocketAddr, protocol: u8, scope: u8, flags: u32, backends: &[SocketAddr]) -> Vec<Backend> {
+    pub fn put(
+        &mut self,
+        set: u32,
+        at: SocketAddr,
+        protocol: u8,
+        scope: u8,
+        flags: u32,
+        backends: &[SocketAddr],
+    ) -> Vec<Backend> {
         let backends: Vec<Backend> = backends
             .iter()
             .map(|to| {
