@@ -9,7 +9,6 @@
 mod skipping;
 
 use std::fs::File;
-use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

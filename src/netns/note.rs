@@ -205,7 +205,7 @@ mod tests {
             format!("fairway1 {sandbox} eth0 x/1 - - -"),
             format!("fairway1 {sandbox} ../../e - - - -"),
             format!("fairway1 {sandbox}\n eth0 - - - -"),
-            format!("fairway1 - eth0 - - - -"),
+            "fairway1 - eth0 - - - -".to_owned(),
             format!("fairway1 {sandbox} eth0 - - - {}", "u".repeat(300)),
         ] {
             assert_eq!(read("fw", &host, &bad), None, "{bad:?}");
