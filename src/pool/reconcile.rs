@@ -256,6 +256,8 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
         shown.values().filter_map(|s| s.1).chain(noted.values().filter_map(|n| n.1)).chain(held6).collect();
     let stray6 = |v6: Ipv6Addr| !paired6.contains(&v6) && kernel.routed.contains(&IpAddr::V6(v6));
     let mut held: BTreeSet<AttachmentId> = state.leases().map(|(_, h)| h.lease.attachment.clone()).collect();
+    // Those whose pair is not known take what the others leave.
+    let mut unpaired = Vec::new();
     for (v4, address) in state.addresses.iter().filter(|(_, a)| a.held().is_none()) {
         let Some(eni) = state.enis.get(&address.eni) else { continue };
         let pod = shown.get(v4);
@@ -272,6 +274,7 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
         held.extend(note.map(|(note, _)| note.attachment.clone()));
         let v6 = note.and_then(|n| n.1).or(pod.and_then(|p| p.1));
         if let Some(lease) = recovered(*v4, v6, eni, pod.map(|p| p.0), note.map(|n| n.0)) {
+            let steps = if v6.is_some() { &mut steps } else { &mut unpaired };
             steps.push(Step::Recover { lease: Box::new(lease), collect: !used });
             if in_pod {
                 let rx_queues = state.meta.limits.queues_per_secondary_eni.max(1);
@@ -280,6 +283,7 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
             }
         }
     }
+    steps.append(&mut unpaired);
     steps
 }
 
