@@ -250,32 +250,37 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
     let noted = by_address(kernel.attached.iter().map(|a| (&a.addresses, &a.note)));
     let v4s = |list: &[IpAddr]| list.iter().filter_map(v4_of).collect::<BTreeSet<_>>();
     let (routed, ruled) = (v4s(&kernel.routed), v4s(&kernel.ruled));
-    // IPv6 addresses whose IPv4 one is known: the cloud's lists do not pair them.
-    let held6 = state.leases().filter_map(|(_, h)| h.lease.v6);
-    let paired6: BTreeSet<Ipv6Addr> =
-        shown.values().filter_map(|s| s.1).chain(noted.values().filter_map(|n| n.1)).chain(held6).collect();
-    let stray6 = |v6: Ipv6Addr| !paired6.contains(&v6) && kernel.routed.contains(&IpAddr::V6(v6));
-    let mut held: BTreeSet<AttachmentId> = state.leases().map(|(_, h)| h.lease.attachment.clone()).collect();
-    // Those whose pair is not known take what the others leave.
-    let mut unpaired = Vec::new();
-    for (v4, address) in state.addresses.iter().filter(|(_, a)| a.held().is_none()) {
-        let Some(eni) = state.enis.get(&address.eni) else { continue };
-        let pod = shown.get(v4);
-        let device_here = eni.eni.as_ref().is_some_and(|e| kernel.enis.iter().any(|(mac, _)| *mac == e.mac));
-        let in_pod = rebuilt && eni.purpose == Purpose::Exclusive && !device_here;
-        let stray = address.v6.is_some_and(stray6);
-        // A rule alone is what a half-done release leaves behind.
-        let used = routed.contains(v4) || pod.is_some() || in_pod || rebuilt && stray;
-        if !used && !ruled.contains(v4) && !stray {
-            continue;
-        }
-        // An attachment holds one address; the ledger's word comes first.
-        let note = noted.get(v4).filter(|(note, _)| !held.contains(&note.attachment));
-        held.extend(note.map(|(note, _)| note.attachment.clone()));
-        let v6 = note.and_then(|n| n.1).or(pod.and_then(|p| p.1));
-        if let Some(lease) = recovered(*v4, v6, eni, pod.map(|p| p.0), note.map(|n| n.0)) {
-            let steps = if v6.is_some() { &mut steps } else { &mut unpaired };
-            steps.push(Step::Recover { lease: Box::new(lease), collect: !used });
+    // The cloud's lists do not pair the families. Known pairs come first; those
+    // whose pair is not known take what is left, and what is left and in use is
+    // nobody else's.
+    let mut then = state.clone();
+    for known in [true, false] {
+        let free = then.addresses.clone();
+        for (v4, address) in free.iter().filter(|(_, a)| a.held().is_none()) {
+            let Some(eni) = state.enis.get(&address.eni) else { continue };
+            let pod = shown.get(v4);
+            // An attachment holds one address; the ledger's word comes first.
+            let note = noted.get(v4).filter(|(note, _)| then.lease_of(&note.attachment).is_none());
+            let v6 = note.and_then(|n| n.1).or(pod.and_then(|p| p.1));
+            if v6.is_some() != known {
+                continue;
+            }
+            let device_here = eni.eni.as_ref().is_some_and(|e| kernel.enis.iter().any(|(mac, _)| *mac == e.mac));
+            let in_pod = rebuilt && eni.purpose == Purpose::Exclusive && !device_here;
+            let stray = address.v6.is_some_and(|v6| kernel.routed.contains(&IpAddr::V6(v6)));
+            // A rule alone is what a half-done release leaves behind.
+            let used = routed.contains(v4) || pod.is_some() || in_pod || rebuilt && stray;
+            if !used && !ruled.contains(v4) && !stray {
+                continue;
+            }
+            let lease = recovered(*v4, v6, eni, pod.map(|p| p.0), note.map(|n| n.0));
+            let Some(lease) = lease.map(Box::new) else { continue };
+            let recover = Step::Recover { lease, collect: !used };
+            // Only who holds what is of interest here, not since when.
+            if then.apply(&recover, Time(0)).is_err() {
+                continue;
+            }
+            steps.push(recover);
             if in_pod {
                 let rx_queues = state.meta.limits.queues_per_secondary_eni.max(1);
                 let device = Device { ifname: String::new(), rx_queues, receive_cores: Vec::new() };
@@ -283,7 +288,6 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
             }
         }
     }
-    steps.append(&mut unpaired);
     steps
 }
 
