@@ -244,6 +244,44 @@ fn an_interrupted_lab_leaves_nothing() {
     }
 }
 
+/// Interrupted while its kubelets make sandboxes, whose namespaces have names
+/// that only the notes in the lab's folder tell to be this lab's.
+#[test]
+fn pods_namespaces_go_with_a_lab_that_is_interrupted_while_it_makes_them() {
+    if let Some(missing) = missing_of(&[NFT]) {
+        return skip("pods_namespaces_go_with_a_lab_that_is_interrupted_while_it_makes_them", missing);
+    }
+    let (lab, dir) = (Named::new("cg"), tempfile::tempdir().unwrap());
+    let web = manifest(dir.path());
+    let many = std::fs::read_to_string(&web).unwrap().replace("\"replicas\":2", "\"replicas\":16");
+    assert!(many.contains("16"));
+    std::fs::write(&web, many).unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    for pause in [0, 20, 40, 60] {
+        let args = ["run", "--id", lab.id(), "--latency-scale", "0", &web];
+        let child = fairway(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = until_says(child, "applying");
+        let interrupt = Instant::now() + Duration::from_millis(pause);
+        let mut told = false;
+        while child.try_wait().unwrap().is_none() {
+            if !told && Instant::now() > interrupt {
+                kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
+                told = true;
+            }
+            for node in ["n1", "n2"] {
+                let notes =
+                    std::fs::read_dir(lab.folder().join(node).join("sandboxes")).into_iter().flatten().flatten();
+                let lines = notes.filter_map(|note| std::fs::read_to_string(note.path()).ok());
+                seen.extend(lines.map(|line| PathBuf::from(line.trim())).filter(|p| p.is_absolute()));
+            }
+        }
+        lab.assert_nothing_left();
+    }
+    assert!(!seen.is_empty(), "never interrupted in the middle");
+    let left: Vec<_> = seen.into_iter().filter(|path| path.exists()).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
 #[test]
 fn run_makes_a_lab_of_its_own_and_tells_what_failed() {
     if let Some(missing) = missing_of(&[NFT]) {

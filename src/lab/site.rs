@@ -295,14 +295,17 @@ impl Site {
     /// error.
     pub async fn down(self) -> anyhow::Result<()> {
         let Self { nodes, vpc, cluster, cloud, running, config, claim, .. } = self;
-        // Named in the nodes' folders, which go with the nodes.
-        let sandboxes = down::pod_namespaces(&config.id.state_dir());
-        for node in &nodes {
-            node.node.stop_agent().await;
+        let mut stopped = Vec::new();
+        for SiteNode { node, kubelet, instance, .. } in nodes {
+            kubelet.stop().await;
+            stopped.push((node, instance));
         }
-        for node in nodes {
-            let SiteNode { node, kubelet, instance, .. } = node;
-            drop(kubelet);
+        // Named in the nodes' folders, which go with the nodes; none comes any more.
+        let sandboxes = down::pod_namespaces(&config.id.state_dir());
+        for (node, _) in &stopped {
+            node.stop_agent().await;
+        }
+        for (node, instance) in stopped {
             let _ = cloud.remove_instance(&instance).await;
             node.down().await?;
         }
