@@ -25,6 +25,7 @@ mod message;
 mod monitor;
 pub mod names;
 mod nl;
+pub mod note;
 pub mod objects;
 pub mod plan;
 mod programs;
@@ -40,7 +41,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::actor::Message;
-use crate::model::{AttachmentId, EniId, EniRef, Lease, Mac};
+use crate::model::{AttachmentId, Bandwidth, EniId, EniRef, Lease, Mac, PodKey};
 
 pub use config::{BadConfig, Config};
 pub use programs::{Attachment, NoPrograms, PodPrograms};
@@ -140,6 +141,9 @@ pub struct KernelInventory {
     pub enis: Vec<(Mac, String)>,
     /// Host links of attachments, by name.
     pub host_links: Vec<String>,
+    /// Host links that say whose they are.
+    #[serde(default)]
+    pub attached: Vec<Attached>,
     /// Addresses with a host route of ours.
     pub routed: Vec<std::net::IpAddr>,
     /// Addresses with a policy rule of ours.
@@ -149,6 +153,26 @@ pub struct KernelInventory {
     /// ENI devices whose receive queues are spread, with the cores per queue.
     #[serde(default)]
     pub receive: Vec<(String, Vec<String>)>,
+}
+
+/// A host link with what it says of its attachment. Outside input: whoever may
+/// change links on the node may have written it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    pub link: String,
+    pub note: Note,
+    /// Addresses with a host route of ours over it.
+    pub addresses: Vec<std::net::IpAddr>,
+}
+
+/// What a host link says; as much as fitted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    pub attachment: AttachmentId,
+    pub netns: Option<PathBuf>,
+    pub bandwidth: Bandwidth,
+    pub pod: Option<PodKey>,
+    pub pod_uid: Option<String>,
 }
 
 /// One difference between the kernel and a lease.

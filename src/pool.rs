@@ -151,6 +151,10 @@ pub enum PoolError {
         "this node's ENIs hold as many addresses as its instance type allows ({in_use} in use of {limit}); schedule fewer pods here or use a larger instance type"
     )]
     NodeFull { in_use: usize, limit: usize },
+    #[error(
+        "this node has no place for an ENI of the pod's own: all {limit} that its instance type or max_enis allows are taken, {shared} of them by ENIs that pods share; schedule fewer pods with fairway.io/eni: exclusive here or use a larger instance type"
+    )]
+    NoPlace { shared: usize, limit: usize },
     #[error("no address could be had from the cloud: {0}")]
     Cloud(CloudError),
     #[error("waiting for an address: {reason}")]

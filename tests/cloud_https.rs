@@ -3,6 +3,9 @@
 //! back, nothing is done twice, lost, or waited for past the deadline.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "support/cloud_actor.rs"]
+mod cloud_actor;
+
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::future::Future;
@@ -12,9 +15,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use fairway::actor::{
-    ActorState, AskError, ChildPolicy, Deadline, Handle, Handles, Message, Placement, Registry, Tree,
-};
+use cloud_actor::with_cloud;
+use fairway::actor::{AskError, Deadline, Handle, Handles, Message};
 use fairway::cloud::aliyun::sign;
 use fairway::cloud::config::{Endpoints, Source};
 use fairway::cloud::credentials::Secret;
@@ -209,7 +211,6 @@ struct World {
     api: Server,
     metadata: Server,
     stats: CloudStats,
-    _tree: Tree,
     _dir: tempfile::TempDir,
 }
 
@@ -254,19 +255,8 @@ fn world<F: Future<Output = ()>>(
         ca_file: Some(config.ca_file.clone().unwrap_or(ca_file)),
         ..config
     };
-    fairway::actor::run(async {
-        let registry = Registry::default();
-        let mut tree = Tree::new(registry.clone(), Placement::Here, ChildPolicy::default());
-        let stats = CloudStats::default();
-        let counters = stats.clone();
-        let cloud = tree.child(move || {
-            let (config, stats) = (config.clone(), counters.clone());
-            async move { CloudApi::new(&config, stats).await }
-        });
-        while registry.snapshot()[0].state != ActorState::Running {
-            tokio::task::yield_now().await;
-        }
-        test(World { cloud, api, metadata, stats, _tree: tree, _dir: dir }).await;
+    with_cloud(config, |cloud, stats| async move {
+        test(World { cloud, api, metadata, stats, _dir: dir }).await;
     });
 }
 

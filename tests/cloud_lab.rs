@@ -3,15 +3,17 @@
 //! life while replies are lost, calls are throttled and the cloud is away.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "support/cloud_actor.rs"]
+mod cloud_actor;
+
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fairway::actor::{
-    ActorState, AskError, ChildPolicy, Deadline, Handle, Handles, Message, Placement, Registry, Tree,
-};
+use cloud_actor::with_cloud;
+use fairway::actor::{AskError, Deadline, Handle, Handles, Message};
 use fairway::cloud::config::{Endpoints, Source};
 use fairway::cloud::*;
 use fairway::lab::cloud::{CloudConfig, CloudLab, Fault, FaultSpec, Listeners, Resolver, Running};
@@ -23,7 +25,6 @@ struct World {
     lab: CloudLab,
     stats: CloudStats,
     me: Identity,
-    _tree: Tree,
 }
 
 impl World {
@@ -142,21 +143,10 @@ fn world<F: Future<Output = ()>>(test: impl FnOnce(World) -> F) {
         limits: provider::Api::ALL.map(|api| (api, fast)).into(),
         ..Config::default()
     };
-    fairway::actor::run(async {
-        let registry = Registry::default();
-        let mut tree = Tree::new(registry.clone(), Placement::Here, ChildPolicy::default());
-        let stats = CloudStats::default();
-        let counters = stats.clone();
-        let cloud = tree.child(move || {
-            let (config, stats) = (config.clone(), counters.clone());
-            async move { CloudApi::new(&config, stats).await }
-        });
-        while registry.snapshot()[0].state != ActorState::Running {
-            tokio::task::yield_now().await;
-        }
+    with_cloud(config, |cloud, stats| async move {
         let deadline = Deadline::after(Duration::from_secs(10));
         let me = cloud.ask(WhoAmI { lane: Lane::PodWaiting }, deadline).await.unwrap();
-        test(World { cloud, lab, stats, me, _tree: tree }).await;
+        test(World { cloud, lab, stats, me }).await;
     });
     drop(server);
 }

@@ -5,6 +5,8 @@
 
 #[path = "cni_support/shim.rs"]
 mod shim;
+#[path = "support/skip.rs"]
+mod skipping;
 #[path = "cni_support/world.rs"]
 mod world;
 
@@ -16,19 +18,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use skipping::skip as skipped;
 use world::World;
 
 const PORTMAP: &str = "/usr/lib/cni/portmap";
-
-/// Say loudly that a test did not run, and why.
-fn skipped(test: &str, missing: &str) {
-    let line = format!("SKIPPED: {test}: {missing}\n");
-    eprint!("{line}");
-    if let Some(path) = std::env::var_os("FAIRWAY_SKIPPED") {
-        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-        file.and_then(|mut f| f.write_all(line.as_bytes())).unwrap();
-    }
-}
 
 fn ip(args: &str) -> bool {
     let status = Command::new("ip").args(args.split_whitespace()).stderr(Stdio::null()).status();

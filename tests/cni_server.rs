@@ -392,6 +392,7 @@ fn errors_of_other_actors_keep_their_meaning() {
     let world = World::up();
     let pool = [
         (PoolError::NodeFull { in_use: 30, limit: 30 }, 101),
+        (PoolError::NoPlace { shared: 1, limit: 3 }, 101),
         (PoolError::Ledger("no space left".into()), 5),
         (PoolError::Reconciling, 11),
     ];

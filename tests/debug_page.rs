@@ -2,8 +2,10 @@
 //! the page says so with its reason. Skipped, and counted, without Chromium.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "support/skip.rs"]
+mod skipping;
+
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::net::TcpListener;
 use std::process::Command;
 use std::sync::Arc;
@@ -13,6 +15,7 @@ use fairway::actor::{
     Actor, ChildPolicy, Ctx, Deadline, Handle, Handles, Message, Placement, Registry, Responder, Tree,
 };
 use fairway::debug::{Config, DebugHttp, Listen, View, Views};
+use skipping::skip as skipped;
 
 struct Failing;
 struct Fail;
@@ -27,14 +30,6 @@ impl Actor for Failing {
 impl Handles<Fail> for Failing {
     fn handle(&mut self, _: Fail, _: Responder<Fail>, ctx: &mut Ctx<'_, Self>) {
         ctx.fail("the disk said no");
-    }
-}
-
-fn skipped(test: &str, missing: &str) {
-    println!("SKIPPED: {test}: {missing}");
-    if let Some(path) = std::env::var_os("FAIRWAY_SKIPPED") {
-        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-        writeln!(file.unwrap(), "SKIPPED: {test}: {missing}").unwrap();
     }
 }
 

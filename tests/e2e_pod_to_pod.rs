@@ -123,7 +123,7 @@ async fn a_stateful_pod_keeps_its_address_and_a_new_sandbox_meets_a_late_release
         "spec": {"serviceName": "db", "replicas": 2, "selector": {"matchLabels": labels},
                  "template": {"metadata": {"labels": labels}, "spec": spec}},
     });
-    lab.site.kube.apply(set).unwrap();
+    lab.kube().apply(set).unwrap();
     let before = [lab.ready("db-0").await, lab.ready("db-1").await];
     for _ in 0..2 {
         for was in &before {
@@ -201,7 +201,7 @@ async fn bandwidth_is_as_the_annotations_say() {
         let mut pod = pod(name, &lab.node(node).name, exclusive);
         pod["metadata"]["annotations"]["kubernetes.io/ingress-bandwidth"] = json!("20M");
         pod["metadata"]["annotations"]["kubernetes.io/egress-bandwidth"] = json!("10M");
-        lab.site.kube.apply(pod).unwrap();
+        lab.kube().apply(pod).unwrap();
     };
     limited("shared", 0, false);
     limited("alone", 0, true);

@@ -30,18 +30,17 @@ async fn services_are_in_every_nodes_maps_and_outlive_the_agent() {
         let name = format!("web{node}");
         let mut web = pod(&name, &lab.node(node).name, false);
         web["metadata"]["labels"] = json!({"app": "web"});
-        lab.site.kube.apply(web).unwrap();
+        lab.kube().apply(web).unwrap();
         lab.ready(&name).await;
     }
-    lab.site
-        .kube
+    lab.kube()
         .apply(json!({
             "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web"},
             "spec": {"type": "NodePort", "selector": {"app": "web"}, "externalTrafficPolicy": "Local",
                      "ports": [{"name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP"}]},
         }))
         .unwrap();
-    let service = lab.site.kube.get("Service", "default", "web").unwrap();
+    let service = lab.kube().get("Service", "default", "web").unwrap();
     let at = format!("{}:80", service["spec"]["clusterIP"].as_str().unwrap());
     let mut before = Vec::new();
     for node in 0..2 {
@@ -63,7 +62,7 @@ async fn services_are_in_every_nodes_maps_and_outlive_the_agent() {
     let (found, text) = fairway(&lab, 0, &["trace", "default/web0", &at]);
     let there = first4(&lab.record("web1").unwrap());
     assert!(found && text.contains("Service default/web") && text.contains(&format!("{there}:8080")), "{text}");
-    let address = lab.site.kube.get("Node", "", &lab.node(0).name).unwrap();
+    let address = lab.kube().get("Node", "", &lab.node(0).name).unwrap();
     let address = address["status"]["addresses"][0]["address"].as_str().unwrap().to_owned();
     let port = service["spec"]["ports"][0]["nodePort"].to_string();
     let (found, text) = fairway(&lab, 0, &["trace", "outside", &format!("{address}:{port}")]);

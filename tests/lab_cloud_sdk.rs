@@ -5,8 +5,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "support/skip.rs"]
+mod skipping;
+
 use std::fs::File;
-use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -15,17 +17,9 @@ use std::sync::Arc;
 use fairway::lab::cloud::{AccessKey, CloudConfig, CloudLab, Listeners, RegisterInstance, Resolver};
 use fairway::lab::fabric::NullFabric;
 use serde_json::{Value, json};
+use skipping::skip;
 
 const PACKAGES: [&str; 2] = ["alibabacloud_ecs20140526==7.11.8", "alibabacloud_vpc20160428==7.2.2"];
-
-fn skip(test: &str, missing: &str) {
-    let line = format!("SKIPPED: {test}: {missing}");
-    println!("{line}");
-    if let Some(path) = std::env::var_os("FAIRWAY_SKIPPED") {
-        let mut file = File::options().create(true).append(true).open(path).unwrap();
-        writeln!(file, "{line}").unwrap();
-    }
-}
 
 fn run(command: &mut Command) -> Result<Output, String> {
     let output = command.output().map_err(|e| format!("{command:?}: {e}"))?;

@@ -4,6 +4,9 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "support/skip.rs"]
+mod skipping;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -22,6 +25,7 @@ use fairway::pool::ledger::{Ledger, LedgerError, SledStore};
 use fairway::pool::state::{Meta, State, Time};
 use fairway::pool::step::{FailPoint, Step};
 use proptest::prelude::*;
+use skipping::skip as skipped;
 
 fn instance() -> InstanceId {
     "i-self".into()
@@ -398,15 +402,6 @@ impl Tmpfs {
 impl Drop for Tmpfs {
     fn drop(&mut self) {
         let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
-    }
-}
-
-fn skipped(test: &str, missing: &str) {
-    let line = format!("SKIPPED: {test}: {missing}");
-    println!("{line}");
-    if let Ok(path) = std::env::var("FAIRWAY_SKIPPED") {
-        let file = fs::OpenOptions::new().create(true).append(true).open(path);
-        let _ = file.and_then(|mut f| writeln!(f, "{line}"));
     }
 }
 

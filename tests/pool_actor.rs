@@ -5,6 +5,8 @@
 
 #[path = "pool_support/cloud.rs"]
 mod cloud;
+#[path = "pool_support/links.rs"]
+mod links;
 #[path = "pool_support/node.rs"]
 mod node;
 

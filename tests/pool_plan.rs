@@ -5,6 +5,8 @@
 
 #[path = "pool_support/cloud.rs"]
 mod cloud;
+#[path = "pool_support/links.rs"]
+mod links;
 #[path = "pool_support/world.rs"]
 mod world;
 
@@ -277,6 +279,24 @@ fn a_full_node_says_so_at_once_with_figures() {
 }
 
 #[test]
+fn an_exclusive_pod_without_a_place_hears_of_enis_not_of_addresses() {
+    let mut world = World::new(4, 10, 1, bare());
+    for n in 0..11 {
+        world.add(n, AttachMode::Veth, false);
+    }
+    world.settle();
+    for n in 20..22 {
+        world.add(n, AttachMode::Exclusive, false);
+    }
+    world.settle();
+    assert_eq!(world.served(), 12);
+    // Eleven addresses are in use, which has nothing to do with it.
+    let error = PoolError::NoPlace { shared: 2, limit: 3 }.to_string();
+    assert_eq!(world.refusal(21).or(world.refusal(20)).unwrap(), error);
+    assert!(error.contains("all 3 that") && error.contains("2 of them by ENIs that pods share"), "{error}");
+}
+
+#[test]
 fn the_nodes_primary_eni_is_never_used() {
     let mut world = World::new(3, 4, 1, bare());
     for n in 0..20 {
@@ -484,4 +504,36 @@ fn an_unknown_pod_list_expects_nothing() {
     world.demand.bound = Some(std::sync::Arc::new(vec![pod]));
     world.settle();
     assert_eq!(world.cloud.mutating_calls(), 0, "a pod that has ended needs nothing");
+}
+
+#[test]
+fn a_lost_ledger_does_not_pair_addresses_otherwise_than_pods_use_them() {
+    for seed in 0..6 {
+        let mut world = World::new(4, 15, seed, Config { ip_stack: IpStack::Dual, ..bare() });
+        for n in 0..20 {
+            world.add(n, AttachMode::Veth, false);
+        }
+        world.settle();
+        assert_eq!(world.served(), 20);
+        // Every second leaves, so that the cloud's lists have gaps.
+        for n in (0..20).step_by(2) {
+            world.del(n);
+        }
+        world.settle_for(Duration::from_secs(60));
+        world.lose_ledger();
+        world.restart(true);
+        world.check_truth();
+        // Those who come get nothing that is used, in either family.
+        for n in 30..55 {
+            world.add(n, AttachMode::Veth, false);
+        }
+        world.settle_for(Duration::from_secs(300));
+        world.check_truth();
+        for n in (1..20).step_by(2) {
+            world.del(n);
+        }
+        world.settle_for(Duration::from_secs(300));
+        world.check_truth();
+        world.check_accounts();
+    }
 }

@@ -66,7 +66,7 @@ async fn steady(plan: &Plan) -> anyhow::Result<Vec<Sample>> {
             reference("ptp", plugins, nodes[0].path(), &state.join("ptp")),
             reference("bridge", plugins, nodes[1].path(), &state.join("bridge")),
         ];
-        bind_pods(&site, most)?;
+        bind_pods(&site, most).await?;
         let sandboxes = Sandboxes::create(&format!("{prefix}p"), most)?;
         let rounds = plan.rounds.unwrap_or(ROUNDS);
         let mut samples = Vec::new();
@@ -143,15 +143,16 @@ fn fairway(site: &Site) -> Subject {
 }
 
 /// The pods as the API server has them once they are bound to the node.
-fn bind_pods(site: &Site, count: usize) -> anyhow::Result<()> {
+async fn bind_pods(site: &Site, count: usize) -> anyhow::Result<()> {
     let node = &site.nodes[0].name;
     for n in 0..count {
-        site.kube.apply(json!({
+        let pod = json!({
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": { "namespace": "default", "name": driver::pod_name(n) },
             "spec": { "nodeName": node, "containers": [{ "name": "c", "image": "registry.example/c:1" }] },
-        }))?;
+        });
+        site.cluster.apply(pod).await?;
     }
     Ok(())
 }

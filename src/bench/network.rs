@@ -36,8 +36,10 @@ pub async fn measure(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     let site = Site::up(config, &|step| plan.progress.say(step)).await?;
     let measured = async {
         plan.progress.say("two pods with an ENI of their own, two that share one, an overlay");
-        let pairs = [pods(&site, "exclusive"), pods(&site, "shared")].into_iter().collect::<Result<Vec<()>, _>>()?;
-        wait_pods(&site, 2 * pairs.len(), Duration::from_secs(60)).await?;
+        for eni in ["exclusive", "shared"] {
+            pods(&site, eni).await?;
+        }
+        wait_pods(&site, 4, Duration::from_secs(60)).await?;
         let overlay = overlay(&site)?;
         let pairs = vec![
             node_pair(&site)?,
@@ -107,9 +109,9 @@ const METRICS: [Metric; 4] = [
 ];
 
 /// One pod of the kind on each node.
-fn pods(site: &Site, eni: &str) -> anyhow::Result<()> {
+async fn pods(site: &Site, eni: &str) -> anyhow::Result<()> {
     for node in &site.nodes {
-        site.kube.apply(json!({
+        let pod = json!({
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {
@@ -118,7 +120,8 @@ fn pods(site: &Site, eni: &str) -> anyhow::Result<()> {
                 "annotations": { "fairway.io/eni": eni },
             },
             "spec": { "nodeName": node.name, "containers": [{ "name": "c", "image": "registry.example/c:1" }] },
-        }))?;
+        });
+        site.cluster.apply(pod).await?;
     }
     Ok(())
 }

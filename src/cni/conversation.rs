@@ -206,7 +206,9 @@ impl Desk {
         let leases = leases.map_err(|e| cni("the leases cannot be listed", e))?;
         let mut failed = Vec::new();
         let mut released = 0usize;
-        for lease in leases.into_iter().filter(|l| !valid.contains(&l.attachment)) {
+        // A made-up name is in no list of the runtime's, and its pod may run.
+        let stale = |l: &Lease| !valid.contains(&l.attachment) && !crate::pool::state::made_up(&l.attachment);
+        for lease in leases.into_iter().filter(stale) {
             // One that is being added now was not made when the list was.
             let Some(_turn) = self.turns.take_if_free(&lease.attachment) else { continue };
             match self.release(&lease.attachment, deadline).await {

@@ -28,7 +28,7 @@ pub fn cni<E: ToCni>(what: &str, error: AskError<E>) -> CniError {
 impl ToCni for PoolError {
     fn code(&self) -> u32 {
         match self {
-            PoolError::NodeFull { .. } => code::NO_ADDRESS,
+            PoolError::NodeFull { .. } | PoolError::NoPlace { .. } => code::NO_ADDRESS,
             PoolError::Cloud(e) if passes(e) => code::TRY_AGAIN,
             PoolError::Cloud(_) => code::NO_ADDRESS,
             PoolError::Ledger(_) => code::IO,

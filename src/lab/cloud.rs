@@ -51,7 +51,7 @@ pub use config::{AccessKey, CloudConfig, ConfigError, Latencies, ThrottleConfig,
 pub use error::ApiError;
 pub use faults::{ActiveFault, Fault, FaultSpec};
 pub use metadata::server::Resolver;
-pub use standalone::{ServeConfig, ServeError, serve};
+pub use standalone::{ServeConfig, ServeError, serve, serve_also};
 pub use state::{Eni, EniKind, EniStatus, Instance, RegisterInstance};
 pub use tls::{LabCa, TlsError};
 
@@ -64,6 +64,9 @@ pub struct Listeners {
     pub http: Option<TcpListener>,
     pub metadata: Option<TcpListener>,
     pub admin: Option<TcpListener>,
+    /// As `https` and `metadata`, in further namespaces.
+    pub more_https: Vec<TcpListener>,
+    pub more_metadata: Vec<TcpListener>,
     /// Signs the server's certificate; made when absent and needed.
     pub ca: Option<Arc<LabCa>>,
     /// Who asks the metadata service.
@@ -132,7 +135,7 @@ impl CloudLab {
     pub fn start(config: CloudConfig, fabric: Arc<dyn Fabric>, listeners: Listeners) -> Result<Running, StartError> {
         config.validate()?;
         let mut ca = listeners.ca;
-        if ca.is_none() && listeners.https.is_some() {
+        if ca.is_none() && (listeners.https.is_some() || !listeners.more_https.is_empty()) {
             ca = Some(Arc::new(LabCa::generate("Fairway lab CA")?));
         }
         let tls = match &ca {
@@ -144,6 +147,12 @@ impl CloudLab {
         let api = Arc::new(api::ApiServer { engine: engine.clone() });
         let metadata = Arc::new(metadata::server::MetadataServer::new(engine.clone(), listeners.resolver));
         let admin = Arc::new(admin::AdminServer { lab: cloud.clone() });
+        for listener in listeners.more_https {
+            spawn(&engine, "https", Some(listener), tls.clone(), api.clone())?;
+        }
+        for listener in listeners.more_metadata {
+            spawn(&engine, "metadata", Some(listener), None, metadata.clone())?;
+        }
         let running = Running {
             https: spawn(&engine, "https", listeners.https, tls, api.clone())?,
             http: spawn(&engine, "http", listeners.http, None, api)?,

@@ -35,10 +35,15 @@ pub async fn run(id: LabId, nodes: usize, latency_scale: f64, json: bool) -> any
     let progress = Progress::start();
     let mut config = SiteConfig::new(id, nodes, "ecs.g7.2xlarge")?;
     config.cloud.latency_scale = latency_scale;
-    let site = Site::up(config, &|step| progress.say(step)).await?;
+    super::cli::notice_dead(&config.id, &progress);
+    let mut interrupt = super::cli::Interrupt::listen()?;
+    let Some(site) = Site::up_unless(interrupt.wait(), config, &|step| progress.say(step)).await? else {
+        progress.say("interrupted; nothing is left behind");
+        return Ok(false);
+    };
     let outcome = tokio::select! {
         outcome = show(&site, &progress, json) => outcome,
-        _ = super::cli::interrupted() => {
+        () = interrupt.wait() => {
             progress.say("interrupted");
             Ok(false)
         }
@@ -51,7 +56,7 @@ pub async fn run(id: LabId, nodes: usize, latency_scale: f64, json: bool) -> any
 
 async fn show(site: &Site, progress: &Progress, json: bool) -> anyhow::Result<bool> {
     progress.say(&format!("applying the demo's manifest: {PODS} pods, one of them with an ENI of its own"));
-    let skipped = super::cli::apply(site, MANIFEST.as_bytes())?;
+    let skipped = super::run::apply(site, MANIFEST.as_bytes()).await?;
     wait_pods(site, PODS, Duration::from_secs(120)).await?;
     progress.say("every pod is ready; asking every pod from every pod");
     let mut before = gather(site, 0).await?;

@@ -284,17 +284,3 @@ pub fn kubeconfig(address: SocketAddr) -> String {
     // JSON is YAML.
     format!("{config:#}\n")
 }
-
-/// `fairway lab kube-api`: serve on one address until `until` resolves.
-pub async fn serve(
-    config: KubeConfig,
-    address: SocketAddr,
-    until: impl Future<Output = ()>,
-) -> Result<(), KubeLabError> {
-    let listener =
-        TcpListener::bind(address).map_err(|source| KubeLabError::Listen { address: address.to_string(), source })?;
-    let lab = KubeLab::start(config, vec![listener])?;
-    until.await;
-    lab.stop().await;
-    Ok(())
-}

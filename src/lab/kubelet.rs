@@ -139,7 +139,15 @@ pub struct Kubelet {
     pods: Arc<Mutex<Pods>>,
     main: JoinHandle<()>,
     network: JoinHandle<()>,
-    teardown: Option<oneshot::Sender<()>>,
+    end: Option<oneshot::Sender<Ending>>,
+}
+
+/// How a kubelet is told to end.
+enum Ending {
+    /// Pods are ended first, DEL included.
+    Teardown,
+    /// At once; sandboxes stay.
+    Halt,
 }
 
 impl Kubelet {
@@ -168,11 +176,11 @@ impl Kubelet {
             crashed: CancellationToken::new(),
         });
         let pods = Arc::<Mutex<Pods>>::default();
-        let (teardown, torn_down) = oneshot::channel();
+        let (end, ending) = oneshot::channel();
         let events = source.watch();
-        let main = tokio::spawn(run(Arc::clone(&context), Arc::clone(&pods), events, torn_down));
+        let main = tokio::spawn(run(Arc::clone(&context), Arc::clone(&pods), events, ending));
         let network = tokio::spawn(network::keep(Arc::clone(&context)));
-        Self { context, pods, main, network, teardown: Some(teardown) }
+        Self { context, pods, main, network, end: Some(end) }
     }
 
     /// What happened to every pod so far.
@@ -227,12 +235,25 @@ impl Kubelet {
 
     /// End every pod at once, DEL included, without telling the API.
     pub async fn teardown(mut self) {
-        if let Some(teardown) = self.teardown.take() {
-            let _ = teardown.send(());
-        }
-        let _ = (&mut self.main).await;
+        self.tell(Ending::Teardown).await;
         self.context.late.close();
         self.context.late.wait().await;
+    }
+
+    /// End at once. Sandboxes stay, but when this returns no more are made: not
+    /// even by a task that was about to.
+    pub async fn stop(mut self) {
+        self.context.crashed.cancel();
+        self.tell(Ending::Halt).await;
+        self.context.late.close();
+        self.context.late.wait().await;
+    }
+
+    async fn tell(&mut self, ending: Ending) {
+        if let Some(end) = self.end.take() {
+            let _ = end.send(ending);
+        }
+        let _ = (&mut self.main).await;
     }
 
     fn find(&self, namespace: &str, name: &str) -> Result<mpsc::UnboundedSender<Order>, RequestError> {
@@ -271,7 +292,7 @@ async fn run(
     context: Arc<Context>,
     pods: Arc<Mutex<Pods>>,
     mut events: futures::stream::BoxStream<'static, PodEvent>,
-    mut teardown: oneshot::Receiver<()>,
+    mut ending: oneshot::Receiver<Ending>,
 ) {
     let mut tasks: JoinSet<PodRef> = JoinSet::new();
     let mut watching = true;
@@ -287,12 +308,16 @@ async fn run(
                     Err(e) => tracing::error!(target: "lab", "a pod's task ended: {e}"),
                 }
             }
-            told = &mut teardown => {
-                if told.is_ok() {
-                    for tx in pods.lock().values() {
-                        let _ = tx.send(Order::Teardown);
+            told = &mut ending => {
+                match told {
+                    Ok(Ending::Teardown) => {
+                        for tx in pods.lock().values() {
+                            let _ = tx.send(Order::Teardown);
+                        }
+                        while tasks.join_next().await.is_some() {}
                     }
-                    while tasks.join_next().await.is_some() {}
+                    Ok(Ending::Halt) => tasks.shutdown().await,
+                    Err(_) => {}
                 }
                 return;
             }

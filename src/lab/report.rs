@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::Pod;
 use serde::{Deserialize, Serialize};
 
 use super::site::Site;
@@ -103,10 +104,14 @@ pub async fn gather(site: &Site, since_ms: u64) -> anyhow::Result<Report> {
             addresses: eni.v4.len(),
         });
     }
+    let pods = site.pods().await?;
+    let ports: BTreeMap<(&str, &str), u16> = pods.iter().filter_map(port_of).collect();
+    for pod in pods.iter().filter(|p| p.spec.as_ref().is_some_and(|s| s.node_name.is_none())) {
+        report.failures.push(format!("pod {}/{} has no node: {}", named(pod).0, named(pod).1, why_no_node(pod)));
+    }
     for node in &site.nodes {
         for record in node.kubelet.records().into_iter().filter(|r| !r.ended) {
-            let object = site.kube.get("Pod", &record.pod.namespace, &record.pod.name);
-            let port = object.as_deref().and_then(|o| o.pointer("/spec/containers/0/ports/0/containerPort")?.as_u64());
+            let port = ports.get(&(record.pod.namespace.as_str(), record.pod.name.as_str())).copied();
             if !record.ready {
                 let why = record.failures.last().cloned().unwrap_or_else(|| "still starting".to_owned());
                 report.failures.push(format!("pod {} on {}: {why}", record.pod, node.name));
@@ -120,7 +125,7 @@ pub async fn gather(site: &Site, since_ms: u64) -> anyhow::Result<Report> {
                 ready: record.ready,
                 add_ms: record.phases.add.map(millis),
                 running_ms: record.phases.running.map(millis),
-                port: port.and_then(|p| u16::try_from(p).ok()),
+                port,
                 netns: record.netns.clone(),
             });
         }
@@ -132,6 +137,22 @@ pub async fn gather(site: &Site, since_ms: u64) -> anyhow::Result<Report> {
     report.metadata_reads = calls.metadata_reads;
     report.failures.extend(site.cloud.audit());
     Ok(report)
+}
+
+fn named(pod: &Pod) -> (&str, &str) {
+    (pod.metadata.namespace.as_deref().unwrap_or_default(), pod.metadata.name.as_deref().unwrap_or_default())
+}
+
+/// The first port of a pod's first container.
+fn port_of(pod: &Pod) -> Option<((&str, &str), u16)> {
+    let port = pod.spec.as_ref()?.containers.first()?.ports.as_ref()?.first()?.container_port;
+    Some((named(pod), u16::try_from(port).ok()?))
+}
+
+fn why_no_node(pod: &Pod) -> String {
+    let conditions = pod.status.iter().flat_map(|s| s.conditions.iter().flatten());
+    let why = conditions.filter(|c| c.type_ == "PodScheduled").find_map(|c| c.message.clone());
+    why.unwrap_or_else(|| "the scheduler has not said why".to_owned())
 }
 
 fn millis(d: Duration) -> f64 {

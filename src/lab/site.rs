@@ -15,8 +15,8 @@ use anyhow::{Context as _, bail};
 use ipnet::Ipv4Net;
 use serde_json::{Value, json};
 
-use super::cloud::{self, CloudConfig, CloudLab, Listeners, RegisterInstance};
-use super::kube::{KubeConfig, KubeLab, kubeconfig};
+use super::cloud::{self, CloudLab, Listeners, RegisterInstance};
+use super::cluster::{Cluster, FOR_NODES};
 use super::kubelet::api::{KubeApi, NoPods, PodSource, node_object};
 use super::kubelet::{Kubelet, KubeletConfig};
 use super::node::agent::AgentSpec;
@@ -28,88 +28,16 @@ use super::vpc::os::Boot;
 use super::vpc::{Vpc, VpcConfig};
 use crate::install::Conflist;
 
+mod config;
+
+pub use config::{NodeSpec, SiteConfig};
+
 /// Where the services of the VPC listen, in the router's namespace.
-const API: Ipv4Addr = Ipv4Addr::new(100, 100, 0, 10);
-const KUBE_API: Ipv4Addr = Ipv4Addr::new(100, 100, 0, 20);
-const METADATA: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 200);
+pub(super) const API: Ipv4Addr = Ipv4Addr::new(100, 100, 0, 10);
+pub(super) const KUBE_API: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(100, 100, 0, 20)), 6443);
+pub(super) const METADATA: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 200);
 /// The plain VM, in a block of the VPC that no vSwitch has.
 const VM: Ipv4Addr = Ipv4Addr::new(10, 0, 240, 10);
-
-/// One node to make.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NodeSpec {
-    pub name: String,
-    pub instance_type: String,
-    pub vswitch: String,
-}
-
-#[derive(Clone, Debug)]
-pub struct SiteConfig {
-    pub id: LabId,
-    pub nodes: Vec<NodeSpec>,
-    pub cloud: CloudConfig,
-    pub dual: bool,
-    pub mtu: u32,
-    /// Laid over the agents' configuration, key by key.
-    pub agent: Value,
-    pub agent_env: Vec<(String, String)>,
-    /// A killed agent comes back after this long.
-    pub restart_agents: Option<Duration>,
-    pub program: PathBuf,
-    pub shim: PathBuf,
-    /// The reference plugins' folder, to chain `portmap` after Fairway.
-    pub plugins: Option<PathBuf>,
-    pub cni_version: String,
-    /// Whether the kubelets run the pods bound to their nodes; otherwise the
-    /// caller makes their CNI calls.
-    pub runs_pods: bool,
-    /// How often kubelets ask STATUS; containerd: every five seconds.
-    pub status_interval: Duration,
-    /// First and longest pause of a kubelet between tries.
-    pub backoff: (Duration, Duration),
-}
-
-impl SiteConfig {
-    /// Nodes `n1`, `n2`, … of one instance type, spread over the vSwitches.
-    pub fn new(id: LabId, nodes: usize, instance_type: &str) -> anyhow::Result<Self> {
-        let cloud = CloudConfig { sans: vec![API.to_string()], ..CloudConfig::default() };
-        let vswitches: Vec<&str> = cloud.vswitches.iter().map(|v| v.id.as_str()).collect();
-        let nodes = (0..nodes)
-            .map(|n| NodeSpec {
-                name: format!("n{}", n + 1),
-                instance_type: instance_type.to_owned(),
-                vswitch: vswitches[n % vswitches.len()].to_owned(),
-            })
-            .collect();
-        let program = std::env::current_exe().context("this program's own path")?;
-        let shim = beside(&program, "fairway-cni")?;
-        let plugins = Path::new("/usr/lib/cni");
-        Ok(Self {
-            id,
-            nodes,
-            cloud,
-            dual: false,
-            mtu: 1500,
-            agent: json!({}),
-            agent_env: Vec::new(),
-            restart_agents: Some(Duration::from_millis(200)),
-            program,
-            shim,
-            plugins: plugins.join("portmap").exists().then(|| plugins.to_owned()),
-            cni_version: "1.0.0".to_owned(),
-            runs_pods: true,
-            status_interval: Duration::from_secs(5),
-            backoff: (Duration::from_secs(1), Duration::from_secs(10)),
-        })
-    }
-}
-
-/// A program of the same build: beside this one, or one folder up (tests).
-fn beside(program: &Path, name: &str) -> anyhow::Result<PathBuf> {
-    let dirs = program.ancestors().skip(1).take(2);
-    let found = dirs.map(|dir| dir.join(name)).find(|p| p.exists());
-    found.with_context(|| format!("no {name} beside {}; build it: cargo build --bins", program.display()))
-}
 
 /// A node with its instance, agent and kubelet.
 pub struct SiteNode {
@@ -138,25 +66,65 @@ pub struct Site {
     pub vm: Netns,
     pub outside: Netns,
     pub vpc: Vpc,
-    pub kube: KubeLab,
-    pub kube_local: SocketAddr,
+    pub cluster: Cluster,
     pub cloud: CloudLab,
     pub admin: Option<SocketAddr>,
     running: cloud::Running,
     config: SiteConfig,
-    _claim: down::Claim,
+    claim: Option<Arc<down::Claim>>,
 }
 
 impl Site {
     /// Bring everything up; `progress` hears each step as it begins.
     pub async fn up(config: SiteConfig, progress: &(dyn Fn(&str) + Sync)) -> anyhow::Result<Self> {
-        let claim = down::claim(&config.id)?;
+        let up = Self::up_unless(std::future::pending(), config, progress).await?;
+        up.context("bringing the lab up was broken off")
+    }
+
+    /// As [`Self::up`]; `None` when `stop` came first. Nothing is left then, nor
+    /// after an error, nor of a lab of this name whose process died.
+    pub async fn up_unless(
+        stop: impl Future<Output = ()>,
+        config: SiteConfig,
+        progress: &(dyn Fn(&str) + Sync),
+    ) -> anyhow::Result<Option<Self>> {
+        let id = config.id.clone();
+        // From here on the name is ours.
+        let claim = Arc::new(down::claim(&id)?);
+        super::cluster::forget_left_behind(&id.state_dir()).await;
+        let held = claim.clone();
+        let left = tokio::task::spawn_blocking(move || down::sweep_claimed(&id, &held, false)).await??;
+        if !left.is_empty() {
+            progress(&format!("removed what a lab {} that died had left: {left}", config.id));
+        }
+        let id = config.id.clone();
+        let made = tokio::select! {
+            made = Self::build(config, progress) => made.map(Some),
+            () = stop => Ok(None),
+        };
+        match made {
+            Ok(Some(mut site)) => {
+                site.claim = Some(claim);
+                Ok(Some(site))
+            }
+            other => {
+                super::cluster::forget_left_behind(&id.state_dir()).await;
+                let swept = tokio::task::spawn_blocking(move || down::sweep_claimed(&id, &claim, true)).await;
+                // Why it did not come up matters more than what would not go.
+                let outcome = other?;
+                swept??;
+                Ok(outcome)
+            }
+        }
+    }
+
+    async fn build(config: SiteConfig, progress: &(dyn Fn(&str) + Sync)) -> anyhow::Result<Self> {
         progress("VPC: router, NAT gateway, a plain VM");
         let mut vpc_config = VpcConfig::new(config.id.clone());
         vpc_config.mtu = config.mtu;
         let vpc = Vpc::up(vpc_config).await?;
-        for address in [API, KUBE_API, METADATA] {
-            vpc.add_service_address(address.into()).await?;
+        for address in [API.into(), KUBE_API.ip(), METADATA.into()] {
+            vpc.add_service_address(address).await?;
         }
         let vm = vpc.add_vm(vm_spec()).await?;
         let outside = vpc.add_outside().await?;
@@ -170,30 +138,16 @@ impl Site {
         };
         let running = CloudLab::start(config.cloud.clone(), Arc::new(vpc.clone()), listeners)?;
         let cloud = running.cloud.clone();
-        let local = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let kube_local = local.local_addr()?;
-        let in_vpc = SocketAddr::from((KUBE_API, 6443));
-        let kube_config = KubeConfig { advertise: vec![in_vpc], ..KubeConfig::default() };
-        let kube = KubeLab::start(kube_config, vec![vpc.listen_tcp(in_vpc)?, local])?;
         let state = config.id.state_dir();
-        std::fs::write(state.join("kubeconfig"), kubeconfig(kube_local))?;
-        std::fs::write(state.join("kubeconfig-vpc"), kubeconfig(in_vpc))?;
         std::fs::write(state.join("ca.pem"), cloud.ca_pem().unwrap_or_default())?;
+        let cluster = match &config.kubeconfig {
+            None => Cluster::stand_in(&vpc, KUBE_API, &state)?,
+            Some(file) => Cluster::elsewhere(&vpc, KUBE_API, &state, file).await?,
+        };
 
         let admin = running.admin;
-        let mut site = Self {
-            nodes: Vec::new(),
-            vm,
-            outside,
-            vpc,
-            kube,
-            kube_local,
-            cloud,
-            admin,
-            running,
-            config,
-            _claim: claim,
-        };
+        let mut site =
+            Self { nodes: Vec::new(), vm, outside, vpc, cluster, cloud, admin, running, config, claim: None };
         for spec in site.config.nodes.clone() {
             progress(&format!("node {}: instance of type {}, agent, kubelet", spec.name, spec.instance_type));
             let node = site.add_node(&spec).await.with_context(|| format!("node {}", spec.name))?;
@@ -210,6 +164,12 @@ impl Site {
 
     pub fn node(&self, name: &str) -> Option<&SiteNode> {
         self.nodes.iter().find(|n| n.name == name)
+    }
+
+    /// The pods of this lab's nodes, and those that have no node yet.
+    pub async fn pods(&self) -> anyhow::Result<Vec<k8s_openapi::api::core::v1::Pod>> {
+        let nodes: Vec<&str> = self.nodes.iter().map(|n| n.name.as_str()).collect();
+        self.cluster.pods(&nodes).await
     }
 
     async fn add_node(&self, spec: &NodeSpec) -> anyhow::Result<SiteNode> {
@@ -246,10 +206,10 @@ impl Site {
         })
         .await?;
 
-        let client = kube::Client::try_from(kube::Config::new(format!("http://{}", self.kube_local).parse()?))?;
-        let api = KubeApi::new(client, &spec.name);
+        let api = KubeApi::new(self.cluster.client(), &spec.name);
         let provider = format!("{}.{instance}", self.config.cloud.region);
-        api.register(&node_object(&spec.name, &addresses, &registered.instance.zone, &provider, 256)).await?;
+        let object = node_object(&spec.name, &addresses, &registered.instance.zone, &provider, 256);
+        self.cluster.register(&api, &object).await?;
         let pods: &dyn PodSource = if self.config.runs_pods { &api.clone() } else { &NoPods };
         let kubelet = Kubelet::start(
             KubeletConfig {
@@ -300,7 +260,7 @@ impl Site {
             },
             "netns": { "sysfs": root.join("sys") },
             "cni": { "socket": root.join("cni.sock"), "spool_dir": root.join("spool") },
-            "cluster": { "source": { "kubeconfig": state.join("kubeconfig-vpc") } },
+            "cluster": { "source": { "kubeconfig": state.join(FOR_NODES) } },
             "debug": { "listen": debug_socket(root) },
         });
         overlay(&mut config, &self.config.agent);
@@ -334,27 +294,33 @@ impl Site {
     /// Take everything down, in order; what is still there afterwards is an
     /// error.
     pub async fn down(self) -> anyhow::Result<()> {
-        let Self { nodes, vpc, kube, cloud, running, config, .. } = self;
-        // Named in the nodes' folders, which go with the nodes.
-        let sandboxes = down::pod_namespaces(&config.id.state_dir());
-        for node in &nodes {
-            node.node.stop_agent().await;
+        let Self { nodes, vpc, cluster, cloud, running, config, claim, .. } = self;
+        let mut stopped = Vec::new();
+        for SiteNode { node, kubelet, instance, .. } in nodes {
+            kubelet.stop().await;
+            stopped.push((node, instance));
         }
-        for node in nodes {
-            let SiteNode { node, kubelet, instance, .. } = node;
-            drop(kubelet);
+        // Named in the nodes' folders, which go with the nodes; none comes any more.
+        let sandboxes = down::pod_namespaces(&config.id.state_dir());
+        for (node, _) in &stopped {
+            node.stop_agent().await;
+        }
+        for (node, instance) in stopped {
             let _ = cloud.remove_instance(&instance).await;
             node.down().await?;
         }
         for path in sandboxes {
             super::vpc::ns::remove(&path).with_context(|| path.display().to_string())?;
         }
-        kube.stop().await;
+        cluster.stop().await;
         running.shutdown().await;
         vpc.down().await?;
-        drop(self._claim);
         let id = config.id;
-        tokio::task::spawn_blocking(move || down::sweep(&id)).await??;
+        let swept = tokio::task::spawn_blocking(move || match claim {
+            Some(claim) => down::sweep_claimed(&id, &claim, true),
+            None => down::sweep(&id),
+        });
+        swept.await??;
         Ok(())
     }
 }

@@ -14,6 +14,7 @@ use parking_lot::{Condvar, Mutex};
 use super::message::{self, Devices};
 use super::names::{self, link_names};
 use super::nl::{GONE, Nl, NlError};
+use super::note;
 use super::objects::{Dev, Key, LinkKind, State, Value, word};
 use super::plan::{self, Facts, Op};
 use super::programs::{Attachment, PodPrograms};
@@ -282,6 +283,7 @@ impl Desk {
             home: &self.home,
             pod,
             names,
+            note: note::write(lease),
             ifname: lease.attachment.ifname.clone(),
             peer: if exclusive { Dev::NodeLink } else { Dev::Pod },
             eni_mac: exclusive.then_some(lease.eni.mac),

@@ -173,9 +173,15 @@ fn set_link(what: String, index: u32, link: &Link) -> Request {
     request(what, Rtnl::SetLink(message), 0, &[])
 }
 
-/// Only set up: for a device that was made with everything else right.
-pub(super) fn link_up(name: &str, index: u32) -> Request {
-    set_link(format!("link {name} up"), index, &Link { kind: LinkKind::Given, mac: None, mtu: None, up: true })
+/// Only set up: for a device that was made with everything else right. An alias
+/// cannot be given when a device is made, so it comes with this.
+pub(super) fn link_up(name: &str, index: u32, alias: Option<&str>) -> Request {
+    let link = Link { kind: LinkKind::Given, mac: None, mtu: None, up: true };
+    let mut request = set_link(format!("link {name} up"), index, &link);
+    if let (Some(alias), Rtnl::SetLink(message)) = (alias, &mut request.message) {
+        message.attributes.push(LinkAttribute::IfAlias(alias.to_owned()));
+    }
+    request
 }
 
 /// Whether [`settings`] can say it; 0 is not said on the wire.

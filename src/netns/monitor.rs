@@ -19,9 +19,10 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::names::is_host_link;
+use super::note;
 use super::objects::MAIN;
 use super::read::{self, Device};
-use super::{Config, KernelInventory};
+use super::{Attached, Config, KernelInventory};
 use crate::model::Mac;
 
 const GROUPS: [MulticastGroup; 3] = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
@@ -141,8 +142,12 @@ fn note(seen: &mut Seen, message: &NetlinkMessage<Rtnl>) -> bool {
 pub(super) async fn inventory(handle: Handle, config: &Config) -> Result<KernelInventory, rtnetlink::Error> {
     let mut found = KernelInventory::default();
     let links: Vec<Device> = handle.link().get().execute().map_ok(|m| read::device(&m)).try_collect().await?;
+    // By the index of their link.
+    let mut attached: BTreeMap<u32, Attached> = BTreeMap::new();
     for d in links {
         if is_host_link(&config.link_prefix, &d.name) {
+            let said = d.alias.as_deref().and_then(|alias| note::read(&config.link_prefix, &d.name, alias));
+            attached.extend(said.map(|said| (d.index, said)));
             found.host_links.push(d.name);
         } else if let (true, Some(mac)) = (read::may_be_eni(&d), d.mac) {
             found.enis.push((mac, d.name));
@@ -156,10 +161,16 @@ pub(super) async fn inventory(handle: Handle, config: &Config) -> Result<KernelI
         let routes: Vec<RouteMessage> = handle.route().get(all).execute().try_collect().await?;
         let routes = routes.iter().filter_map(read::path);
         let host_route = |p: &read::Path| p.ours && p.table == MAIN && p.to.prefix_len() == p.to.max_prefix_len();
-        found.routed.extend(routes.filter(host_route).map(|p| p.to.addr()));
+        for path in routes.filter(host_route) {
+            found.routed.push(path.to.addr());
+            if let Some(over) = attached.get_mut(&path.index) {
+                over.addresses.push(path.to.addr());
+            }
+        }
         let rules: Vec<_> = handle.rule().get(family).execute().try_collect().await?;
         found.ruled.extend(rules.iter().filter_map(read::rule).map(|r| r.selector.address()));
     }
+    found.attached = attached.into_values().collect();
     found.ruled.sort();
     found.ruled.dedup();
     Ok(found)

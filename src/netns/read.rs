@@ -31,6 +31,8 @@ use crate::model::Mac;
 pub(super) struct Device {
     pub(super) index: u32,
     pub(super) name: String,
+    /// What somebody noted on it.
+    pub(super) alias: Option<String>,
     pub(super) mac: Option<Mac>,
     pub(super) mtu: u32,
     pub(super) up: bool,
@@ -44,6 +46,7 @@ pub(super) fn device(message: &LinkMessage) -> Device {
     let mut out = Device {
         index: message.header.index,
         name: String::new(),
+        alias: None,
         mac: None,
         mtu: 0,
         up: message.header.flags.contains(LinkFlags::Up),
@@ -54,6 +57,7 @@ pub(super) fn device(message: &LinkMessage) -> Device {
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => out.name.clone_from(name),
+            LinkAttribute::IfAlias(alias) => out.alias = Some(alias.clone()),
             LinkAttribute::Address(bytes) => out.mac = <[u8; 6]>::try_from(&bytes[..]).ok().map(Mac),
             LinkAttribute::Mtu(mtu) => out.mtu = *mtu,
             LinkAttribute::Link(peer) => out.peer = Some(*peer),

@@ -33,6 +33,8 @@ pub(super) struct Site<'a> {
     pub(super) home: &'a Netns,
     pub(super) pod: Option<PodSide>,
     pub(super) names: LinkNames,
+    /// What the host link will say of its attachment.
+    pub(super) note: Option<String>,
     /// The pod's interface.
     pub(super) ifname: String,
     /// The side of the veth pair in the pod: `Pod` or `NodeLink`.
@@ -247,7 +249,8 @@ impl Site<'_> {
                 Key::Link(dev) if fresh.contains(dev) => {
                     let wanted: Vec<_> = ops.iter().filter_map(|op| link_setting(op, *dev)).collect();
                     out.extend(message::settings(self.devices.name(*dev), self.devices.index(*dev), &wanted));
-                    out.push(message::link_up(self.devices.name(*dev), self.devices.index(*dev)));
+                    let note = self.note.as_deref().filter(|_| *dev == Dev::HostLink);
+                    out.push(message::link_up(self.devices.name(*dev), self.devices.index(*dev), note));
                 }
                 Key::Link(dev) if self.devices.index(*dev) == 0 => {
                     let cause = "the device is not there".to_owned();

@@ -79,10 +79,17 @@ impl State {
                 if address.held().is_some() {
                     return Err(format!("{} is leased already", lease.v4));
                 }
+                if let Some(v6) = lease.v6 {
+                    self.pair(lease.v4, v6)?;
+                }
                 let phase = if *collect { LeasePhase::Collecting } else { LeasePhase::Wired };
                 let mut lease = (**lease).clone();
-                lease.v6 = address.v6;
-                let held = Held { lease, phase, since: now, reserve: None, recovered: true };
+                lease.v6 = self.address(lease.v4)?.v6;
+                if self.lease_of(&lease.attachment).is_some() {
+                    return Err(format!("{} holds an address already", lease.attachment));
+                }
+                let recovered = lease.netns.as_os_str().is_empty() || lease.pod.namespace.is_empty();
+                let held = Held { lease, phase, since: now, reserve: None, recovered };
                 let v4 = held.lease.v4;
                 self.address(v4)?.state = AddressState::Leased(Box::new(held));
             }
@@ -373,6 +380,27 @@ impl State {
             let address = self.address(ip)?;
             address.v6 = Some(ip6);
         }
+        Ok(())
+    }
+
+    /// An IPv6 address is known to go with this IPv4 address: exchanged with the
+    /// one it was paired with. One that is leased stays with its lease.
+    fn pair(&mut self, v4: Ipv4Addr, v6: Ipv6Addr) -> Applied {
+        let Some((key, old)) = self.addresses.get(&v4).map(|a| (a.eni, a.v6)) else { return Err(unknown(v4)) };
+        let with = self.of_eni(key).find(|(_, a)| a.v6 == Some(v6)).map(|(ip, a)| (ip, a.held().is_some()));
+        match with {
+            Some((ip, _)) if ip == v4 => return Ok(()),
+            Some((_, true)) => return Ok(()),
+            Some((other, false)) => self.address(other)?.v6 = old,
+            None => {
+                let spare = &mut self.eni(key)?.spare6;
+                if !spare.remove(&v6) {
+                    return Ok(());
+                }
+                spare.extend(old);
+            }
+        }
+        self.address(v4)?.v6 = Some(v6);
         Ok(())
     }
 

@@ -11,19 +11,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::cloud::{self, EniKind, EniStatus, VSwitch};
 use crate::model::{
-    AttachMode, AttachmentId, Bandwidth, ClientToken, EniId, EniRef, InstanceId, Lease, PodKey, Subnet, VSwitchId,
+    AttachMode, AttachmentId, ClientToken, EniId, EniRef, InstanceId, Lease, PodKey, Subnet, VSwitchId,
 };
-use crate::netns::KernelInventory;
+use crate::netns::{KernelInventory, Note};
 
-use super::demand::BoundPods;
-use super::state::{AddressState, Device, Eni, EniKey, Held, LeasePhase, Phase, Purpose, State, Time};
+use super::demand::{BoundPod, BoundPods};
+use super::state::{AddressState, Device, Eni, EniKey, Held, LeasePhase, MADE_UP, Phase, Purpose, State, Time};
 use super::step::Step;
 
 pub const TAG_CLUSTER: &str = "fairway.io/cluster";
@@ -247,23 +246,41 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
         steps.push(Step::Unwire { v4, collect: true });
     }
 
-    let pod_of = pods_by_address(pods);
-    let v4s = |list: &[IpAddr]| -> BTreeSet<Ipv4Addr> {
-        list.iter().filter_map(|ip| if let IpAddr::V4(v4) = ip { Some(*v4) } else { None }).collect()
-    };
+    let shown = by_address(pods.iter().flat_map(|p| p.iter()).filter(|p| !p.terminated).map(|p| (&p.addresses, p)));
+    let noted = by_address(kernel.attached.iter().map(|a| (&a.addresses, &a.note)));
+    let v4s = |list: &[IpAddr]| list.iter().filter_map(v4_of).collect::<BTreeSet<_>>();
     let (routed, ruled) = (v4s(&kernel.routed), v4s(&kernel.ruled));
-    for (v4, address) in state.addresses.iter().filter(|(_, a)| a.held().is_none()) {
-        let Some(eni) = state.enis.get(&address.eni) else { continue };
-        let pod = pod_of.get(v4);
-        let device_here = eni.eni.as_ref().is_some_and(|e| kernel.enis.iter().any(|(mac, _)| *mac == e.mac));
-        let in_pod = rebuilt && eni.purpose == Purpose::Exclusive && !device_here;
-        // A rule alone is what a half-done release leaves behind.
-        let used = routed.contains(v4) || pod.is_some() || in_pod;
-        if !used && !ruled.contains(v4) {
-            continue;
-        }
-        if let Some(lease) = recovered(*v4, address.v6, eni, pod.map(|p| (p.0.clone(), p.1.clone()))) {
-            steps.push(Step::Recover { lease: Box::new(lease), collect: !used });
+    // The cloud's lists do not pair the families. Known pairs come first; those
+    // whose pair is not known take what is left, and what is left and in use is
+    // nobody else's.
+    let mut then = state.clone();
+    for known in [true, false] {
+        let free = then.addresses.clone();
+        for (v4, address) in free.iter().filter(|(_, a)| a.held().is_none()) {
+            let Some(eni) = state.enis.get(&address.eni) else { continue };
+            let pod = shown.get(v4);
+            // An attachment holds one address; the ledger's word comes first.
+            let note = noted.get(v4).filter(|(note, _)| then.lease_of(&note.attachment).is_none());
+            let v6 = note.and_then(|n| n.1).or(pod.and_then(|p| p.1));
+            if v6.is_some() != known {
+                continue;
+            }
+            let device_here = eni.eni.as_ref().is_some_and(|e| kernel.enis.iter().any(|(mac, _)| *mac == e.mac));
+            let in_pod = rebuilt && eni.purpose == Purpose::Exclusive && !device_here;
+            let stray = address.v6.is_some_and(|v6| kernel.routed.contains(&IpAddr::V6(v6)));
+            // A rule alone is what a half-done release leaves behind.
+            let used = routed.contains(v4) || pod.is_some() || in_pod || rebuilt && stray;
+            if !used && !ruled.contains(v4) && !stray {
+                continue;
+            }
+            let lease = recovered(*v4, v6, eni, pod.map(|p| p.0), note.map(|n| n.0));
+            let Some(lease) = lease.map(Box::new) else { continue };
+            let recover = Step::Recover { lease, collect: !used };
+            // Only who holds what is of interest here, not since when.
+            if then.apply(&recover, Time(0)).is_err() {
+                continue;
+            }
+            steps.push(recover);
             if in_pod {
                 let rx_queues = state.meta.limits.queues_per_secondary_eni.max(1);
                 let device = Device { ifname: String::new(), rx_queues, receive_cores: Vec::new() };
@@ -274,28 +291,39 @@ pub fn with_node(state: &State, kernel: &KernelInventory, pods: &BoundPods, rebu
     steps
 }
 
-fn pods_by_address(pods: &BoundPods) -> BTreeMap<Ipv4Addr, (PodKey, String)> {
-    let mut by_address = BTreeMap::new();
-    for pod in pods.iter().flat_map(|p| p.iter()).filter(|p| !p.terminated) {
-        for ip in &pod.addresses {
-            if let IpAddr::V4(v4) = ip {
-                by_address.insert(*v4, (pod.pod.clone(), pod.uid.clone()));
-            }
-        }
-    }
-    by_address
+fn v4_of(ip: &IpAddr) -> Option<Ipv4Addr> {
+    if let IpAddr::V4(v4) = ip { Some(*v4) } else { None }
 }
 
-/// A lease whose attachment is not known, only its address.
-fn recovered(v4: Ipv4Addr, v6: Option<Ipv6Addr>, eni: &Eni, pod: Option<(PodKey, String)>) -> Option<Lease> {
-    let (pod, pod_uid) = match pod {
-        Some((pod, uid)) => (pod, Some(uid)),
-        None => (PodKey::new("", format!("unknown-{v4}")), None),
-    };
+/// Who has an IPv4 address, with the IPv6 address that goes with it.
+fn by_address<'a, T>(
+    all: impl Iterator<Item = (&'a Vec<IpAddr>, &'a T)>,
+) -> BTreeMap<Ipv4Addr, (&'a T, Option<Ipv6Addr>)> {
+    let mut found = BTreeMap::new();
+    for (addresses, who) in all {
+        let v6 = addresses.iter().find_map(|ip| if let IpAddr::V6(v6) = ip { Some(*v6) } else { None });
+        found.extend(addresses.iter().filter_map(v4_of).map(|v4| (v4, (who, v6))));
+    }
+    found
+}
+
+/// A lease that the ledger lacks: what the host link says, and what the cluster
+/// does, the rest made up. `v6`: what is known to go with the address.
+fn recovered(
+    v4: Ipv4Addr,
+    v6: Option<Ipv6Addr>,
+    eni: &Eni,
+    shown: Option<&BoundPod>,
+    note: Option<&Note>,
+) -> Option<Lease> {
+    let made_up = || AttachmentId { sandbox: format!("{MADE_UP}{v4}").into(), ifname: "eth0".to_owned() };
+    let pod = note.and_then(|n| n.pod.clone());
+    // Who has the address in the cluster may be another pod than the link's.
+    let shown = shown.filter(|shown| pod.as_ref().is_none_or(|pod| *pod == shown.pod));
     Some(Lease {
-        attachment: AttachmentId { sandbox: format!("recovered-{v4}").into(), ifname: "eth0".to_owned() },
-        pod,
-        pod_uid,
+        attachment: note.map_or_else(made_up, |n| n.attachment.clone()),
+        pod_uid: note.and_then(|n| n.pod_uid.clone()).or(shown.map(|s| s.uid.clone())),
+        pod: pod.or(shown.map(|s| s.pod.clone())).unwrap_or_else(|| PodKey::new("", format!("unknown-{v4}"))),
         mode: match eni.purpose {
             Purpose::Shared => AttachMode::Veth,
             Purpose::Exclusive => AttachMode::Exclusive,
@@ -303,8 +331,8 @@ fn recovered(v4: Ipv4Addr, v6: Option<Ipv6Addr>, eni: &Eni, pod: Option<(PodKey,
         eni: eni.eni.clone()?,
         v4,
         v6,
-        netns: PathBuf::new(),
-        bandwidth: Bandwidth::default(),
+        netns: note.and_then(|n| n.netns.clone()).unwrap_or_default(),
+        bandwidth: note.map(|n| n.bandwidth).unwrap_or_default(),
     })
 }
 
@@ -325,13 +353,18 @@ pub struct Evidence<'a> {
     pub pods: &'a BoundPods,
 }
 
+fn addresses(lease: &Lease) -> impl Iterator<Item = IpAddr> {
+    std::iter::once(IpAddr::V4(lease.v4)).chain(lease.v6.map(IpAddr::V6))
+}
+
 /// Is the owner of this lease gone, as far as one reading can tell?
 pub fn gone(held: &Held, evidence: &Evidence<'_>) -> Option<Gone> {
     let lease = &held.lease;
+    // Not all is known by which others are judged: what the kernel shows decides.
     if held.recovered {
         let kernel = evidence.kernel?;
         let sandbox_gone = match lease.mode {
-            AttachMode::Veth => !kernel.routed.contains(&IpAddr::V4(lease.v4)),
+            AttachMode::Veth => !addresses(lease).any(|ip| kernel.routed.contains(&ip)),
             AttachMode::Exclusive => kernel.enis.iter().any(|(mac, _)| *mac == lease.eni.mac),
         };
         if sandbox_gone {

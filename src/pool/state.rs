@@ -179,10 +179,19 @@ pub struct Held {
     pub phase: LeasePhase,
     pub since: Time,
     pub reserve: Option<Duration>,
-    /// Found in the kernel or the cluster after the ledger was lost; the
-    /// attachment's id is made up.
+    /// Found in the kernel or the cluster after the ledger was lost, and its
+    /// namespace or its pod is not known.
     #[serde(default)]
     pub recovered: bool,
+}
+
+/// How the sandbox of an attachment begins that nobody knows: only its address
+/// was found.
+pub const MADE_UP: &str = "recovered-";
+
+/// Whether the runtime cannot know the attachment by this name.
+pub fn made_up(attachment: &AttachmentId) -> bool {
+    attachment.sandbox.as_str().starts_with(MADE_UP)
 }
 
 impl Held {

@@ -194,6 +194,7 @@ impl Pool {
             match reason.clone() {
                 Why::Waiting(_) => still.push(Waiting { request, to }),
                 Why::Full { in_use, limit } => to.fail(PoolError::NodeFull { in_use, limit }),
+                Why::NoPlace { shared, limit } => to.fail(PoolError::NoPlace { shared, limit }),
                 Why::Refused(reason) => to.fail(match &self.last_error {
                     Some(error) => PoolError::Cloud(error.clone()),
                     None => PoolError::Waiting { reason },
@@ -307,6 +308,7 @@ impl Pool {
         match why(&self.state, &self.config, &self.demand, purpose, self.clock.now()) {
             Why::Waiting(reason) | Why::Refused(reason) => reason,
             Why::Full { in_use, limit } => format!("{in_use} of {limit} addresses are in use"),
+            Why::NoPlace { limit, .. } => format!("all {limit} places for ENIs are taken"),
         }
     }
 }

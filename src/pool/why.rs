@@ -12,6 +12,8 @@ pub enum Why {
     Waiting(String),
     /// The node holds as much as it can.
     Full { in_use: usize, limit: usize },
+    /// The node can hold no more ENIs, where the pod wants one of its own.
+    NoPlace { shared: usize, limit: usize },
     /// The cloud refuses, and will until an operator acts.
     Refused(String),
 }
@@ -41,7 +43,7 @@ pub fn why(state: &State, config: &Config, demand: &Demand, purpose: Purpose, no
         return Why::Waiting("an address is being handed over".to_owned());
     }
 
-    let per_eni = if purpose == Purpose::Shared { state.per_eni() } else { 1 };
+    let per_eni = state.per_eni();
     let places = state.places(config.max_enis);
     let has_place = state.occupied_places() < places;
     let room = enis().any(|(key, e)| e.ready() && purpose == Purpose::Shared && state.count_of(*key) < per_eni);
@@ -78,6 +80,10 @@ pub fn why(state: &State, config: &Config, demand: &Demand, purpose: Purpose, no
     });
     if leaving || releasing {
         return Why::Waiting("the node is full; an ENI or address is being given back first".to_owned());
+    }
+    if purpose == Purpose::Exclusive {
+        let shared = state.enis.values().filter(|e| e.occupies_place() && e.purpose == Purpose::Shared).count();
+        return Why::NoPlace { shared, limit: places as usize };
     }
     let in_use = state.addresses.values().filter(|a| super::apply::in_use(a)).count();
     Why::Full { in_use, limit: (places * per_eni) as usize }

@@ -6,41 +6,28 @@
 pub mod accounts;
 pub mod direct;
 pub mod pods;
+#[path = "../support/skip.rs"]
+mod skipping;
 
 use std::time::Duration;
 
 use fairway::debug::Listen;
+use fairway::lab::kube::KubeLab;
 use fairway::lab::node::agent::AgentSpec;
 use fairway::lab::node::down;
 use fairway::lab::site::{Site, SiteConfig, SiteNode, tail};
 use fairway::lab::vpc::name::LabId;
 use serde_json::{Value, json};
+pub use skipping::skip;
+use skipping::{IP, NFT, missing_of};
 
 pub const TYPE: &str = "ecs.g7.2xlarge";
 
-/// Counts a skipped test where the caller asked for it.
-pub fn skip(test: &str, missing: &str) {
-    let line = format!("SKIPPED: {test}: {missing}");
-    println!("{line}");
-    if let Some(path) = std::env::var_os("FAIRWAY_SKIPPED") {
-        use std::io::Write;
-        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
-        writeln!(file, "{line}").unwrap();
-    }
-}
-
 /// What these tests cannot do without, or `None` when all is there.
 pub fn missing() -> Option<&'static str> {
-    if !nix::unistd::geteuid().is_root() {
-        return Some("root");
-    }
-    for (program, what) in [("nft", "nft (apt-get install nftables)"), ("ip", "ip (apt-get install iproute2)")] {
-        if std::process::Command::new(program).arg("-V").output().is_err() {
-            return Some(what);
-        }
-    }
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
-    (!mounts.lines().any(|l| l.split(' ').nth(2) == Some("cgroup2"))).then_some("a mounted cgroup2 file system")
+    let cgroups = mounts.lines().any(|l| l.split(' ').nth(2) == Some("cgroup2"));
+    missing_of(&[NFT, IP]).or((!cgroups).then_some("a mounted cgroup2 file system"))
 }
 
 struct Cleanup(LabId);
@@ -134,6 +121,11 @@ pub fn lay(under: &mut Value, over: Value) {
 impl Lab {
     pub fn node(&self, index: usize) -> &SiteNode {
         &self.site.nodes[index]
+    }
+
+    /// The API stand-in.
+    pub fn kube(&self) -> &KubeLab {
+        self.site.cluster.stand_in.as_ref().unwrap()
     }
 
     /// Take everything down; what is still there afterwards fails the test.

@@ -30,11 +30,11 @@ pub fn pod(name: &str, node: &str, exclusive: bool) -> Value {
 
 impl Lab {
     pub fn create(&self, index: usize, name: &str, exclusive: bool) {
-        self.site.kube.apply(pod(name, &self.node(index).name, exclusive)).unwrap();
+        self.kube().apply(pod(name, &self.node(index).name, exclusive)).unwrap();
     }
 
     pub fn delete(&self, name: &str) {
-        self.site.kube.delete("Pod", "default", name).unwrap();
+        self.kube().delete("Pod", "default", name).unwrap();
     }
 
     pub fn record(&self, name: &str) -> Option<PodRecord> {
@@ -60,7 +60,7 @@ impl Lab {
     pub async fn gone(&self, name: &str) {
         self.until(&format!("pod {name} to be gone"), Duration::from_secs(30), async || {
             let ended = self.record(name).is_none_or(|r| r.ended);
-            match self.site.kube.get("Pod", "default", name) {
+            match self.kube().get("Pod", "default", name) {
                 None if ended => Ok(()),
                 other => Err(format!("in the API: {}, ended: {ended}", other.is_some())),
             }

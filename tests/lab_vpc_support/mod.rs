@@ -1,6 +1,9 @@
 //! A small VPC for tests: unique names per process, removed even on failure.
 #![allow(dead_code)]
 
+#[path = "../support/skip.rs"]
+mod skipping;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use fairway::lab::fabric::{EniPort, Fabric};
@@ -9,27 +12,11 @@ use fairway::lab::vpc::ns::{Netns, OwnedNetns};
 use fairway::lab::vpc::os::{self, Boot};
 use fairway::lab::vpc::{Vpc, VpcConfig};
 use fairway::model::Mac;
-
-/// Counts a skipped test where the caller asked for it.
-pub fn skip(test: &str, missing: &str) {
-    let line = format!("SKIPPED: {test}: {missing}");
-    println!("{line}");
-    if let Some(path) = std::env::var_os("FAIRWAY_SKIPPED") {
-        use std::io::Write;
-        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
-        writeln!(file, "{line}").unwrap();
-    }
-}
+pub use skipping::skip;
 
 /// What the tests cannot do without, or `None` when all is there.
 pub fn missing() -> Option<&'static str> {
-    if !nix::unistd::geteuid().is_root() {
-        return Some("root");
-    }
-    if std::process::Command::new("nft").arg("--version").output().is_err() {
-        return Some("nft (apt-get install nftables)");
-    }
-    None
+    skipping::missing_of(&[skipping::NFT])
 }
 
 pub fn lab_id(letter: char) -> LabId {

@@ -20,10 +20,7 @@ fn at_home(lab: &Lab, eni: &EniRef) {
 
 #[test]
 fn an_exclusive_pod_has_the_eni_and_a_link_to_its_node() {
-    if skipped("an_exclusive_pod_has_the_eni_and_a_link_to_its_node") {
-        return;
-    }
-    let lab = Lab::new();
+    let Some(lab) = Lab::here("an_exclusive_pod_has_the_eni_and_a_link_to_its_node") else { return };
     let (own, shared) = (lab.eni(1), lab.eni(2));
     let (ns, lease) = lab.pod(&own, 21, Exclusive);
     let (other_ns, other) = lab.pod(&shared, 22, Veth);
@@ -104,13 +101,7 @@ fn an_exclusive_pod_has_the_eni_and_a_link_to_its_node() {
 
 #[test]
 fn a_half_made_exclusive_pod_is_finished() {
-    if skipped("a_half_made_exclusive_pod_is_finished") {
-        return;
-    }
-    let lab = Lab::new();
-    if cannot_shape("a_half_made_exclusive_pod_is_finished", &lab) {
-        return;
-    }
+    let Some(lab) = Lab::shaping("a_half_made_exclusive_pod_is_finished") else { return };
     let own = lab.eni(1);
     let (ns, mut lease) = lab.pod(&own, 21, Exclusive);
     lease.bandwidth = Bandwidth { ingress_bps: Some(30_000_000), egress_bps: Some(50_000_000) };
@@ -172,10 +163,7 @@ fn a_half_made_exclusive_pod_is_finished() {
 
 #[test]
 fn an_eni_comes_back_from_a_namespace_that_died() {
-    if skipped("an_eni_comes_back_from_a_namespace_that_died") {
-        return;
-    }
-    let lab = Lab::new();
+    let Some(lab) = Lab::here("an_eni_comes_back_from_a_namespace_that_died") else { return };
     let own = lab.eni(1);
     let (ns, lease) = lab.pod(&own, 21, Exclusive);
     lab.run(async |wirer| {
@@ -211,13 +199,7 @@ fn an_eni_comes_back_from_a_namespace_that_died() {
 
 #[test]
 fn exclusive_bandwidth_is_kept_in_both_directions() {
-    if skipped("exclusive_bandwidth_is_kept_in_both_directions") {
-        return;
-    }
-    let lab = Lab::new();
-    if cannot_shape("exclusive_bandwidth_is_kept_in_both_directions", &lab) {
-        return;
-    }
+    let Some(lab) = Lab::shaping("exclusive_bandwidth_is_kept_in_both_directions") else { return };
     let own = lab.eni(1);
     let (ns, mut lease) = lab.pod(&own, 21, Exclusive);
     lease.bandwidth = Bandwidth { ingress_bps: Some(20_000_000), egress_bps: Some(40_000_000) };

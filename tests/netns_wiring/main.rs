@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod exclusive;
+mod notes;
 mod programs;
 mod shared;
 mod support;

@@ -9,10 +9,7 @@ use crate::support::*;
 
 #[test]
 fn pods_reach_everyone_by_their_own_eni() {
-    if skipped("pods_reach_everyone_by_their_own_eni") {
-        return;
-    }
-    let lab = Lab::new();
+    let Some(lab) = Lab::here("pods_reach_everyone_by_their_own_eni") else { return };
     let (one, two) = (lab.eni(1), lab.eni(2));
     // An ENI's first address is as good as any other.
     let (a_ns, a) = lab.pod(&one, 10, Veth);
@@ -65,10 +62,7 @@ fn pods_reach_everyone_by_their_own_eni() {
 
 #[test]
 fn a_pod_cannot_send_with_anothers_source() {
-    if skipped("a_pod_cannot_send_with_anothers_source") {
-        return;
-    }
-    let lab = Lab::new();
+    let Some(lab) = Lab::here("a_pod_cannot_send_with_anothers_source") else { return };
     let eni = lab.eni(1);
     let (a_ns, a) = lab.pod(&eni, 21, Veth);
     let (_, b) = lab.pod(&eni, 22, Veth);
@@ -97,13 +91,7 @@ fn a_pod_cannot_send_with_anothers_source() {
 
 #[test]
 fn wiring_twice_changes_nothing_and_unwiring_twice_leaves_nothing() {
-    if skipped("wiring_twice_changes_nothing_and_unwiring_twice_leaves_nothing") {
-        return;
-    }
-    let lab = Lab::new();
-    if cannot_shape("wiring_twice_changes_nothing_and_unwiring_twice_leaves_nothing", &lab) {
-        return;
-    }
+    let Some(lab) = Lab::shaping("wiring_twice_changes_nothing_and_unwiring_twice_leaves_nothing") else { return };
     let eni = lab.eni(1);
     let (ns, mut lease) = lab.pod(&eni, 21, Veth);
     lease.bandwidth = Bandwidth { ingress_bps: Some(10_000_000), egress_bps: Some(20_000_000) };
@@ -138,13 +126,7 @@ fn wiring_twice_changes_nothing_and_unwiring_twice_leaves_nothing() {
 
 #[test]
 fn every_damage_is_found_and_repaired() {
-    if skipped("every_damage_is_found_and_repaired") {
-        return;
-    }
-    let lab = Lab::new();
-    if cannot_shape("every_damage_is_found_and_repaired", &lab) {
-        return;
-    }
+    let Some(lab) = Lab::shaping("every_damage_is_found_and_repaired") else { return };
     let eni = lab.eni(1);
     let (ns, mut lease) = lab.pod(&eni, 21, Veth);
     lease.bandwidth = Bandwidth { ingress_bps: Some(10_000_000), egress_bps: Some(20_000_000) };
@@ -195,10 +177,7 @@ fn every_damage_is_found_and_repaired() {
 
 #[test]
 fn hostile_and_dead_namespaces_are_told_apart() {
-    if skipped("hostile_and_dead_namespaces_are_told_apart") {
-        return;
-    }
-    let lab = Lab::new();
+    let Some(lab) = Lab::here("hostile_and_dead_namespaces_are_told_apart") else { return };
     let eni = lab.eni(1);
     let (ns, lease) = lab.pod(&eni, 21, Veth);
     lab.run(async |wirer| {
@@ -245,10 +224,7 @@ fn hostile_and_dead_namespaces_are_told_apart() {
 
 #[test]
 fn an_address_that_moved_on_keeps_its_rules() {
-    if skipped("an_address_that_moved_on_keeps_its_rules") {
-        return;
-    }
-    let lab = Lab::new();
+    let Some(lab) = Lab::here("an_address_that_moved_on_keeps_its_rules") else { return };
     let (one, two) = (lab.eni(1), lab.eni(2));
     let (_, old) = lab.pod(&one, 21, Veth);
     let (new_ns, mut new) = lab.pod(&two, 22, Veth);
@@ -281,10 +257,7 @@ fn an_address_that_moved_on_keeps_its_rules() {
 
 #[test]
 fn two_hundred_pods_are_wired_in_parallel() {
-    if skipped("two_hundred_pods_are_wired_in_parallel") {
-        return;
-    }
-    let lab = Lab::new();
+    let Some(lab) = Lab::here("two_hundred_pods_are_wired_in_parallel") else { return };
     let eni = lab.eni(1);
     let pods: Vec<_> = (11..211).map(|host| lab.pod(&eni, host, Veth)).collect();
     lab.run(async |wirer| {
@@ -328,13 +301,7 @@ fn two_hundred_pods_are_wired_in_parallel() {
 
 #[test]
 fn bandwidth_is_kept_in_both_directions() {
-    if skipped("bandwidth_is_kept_in_both_directions") {
-        return;
-    }
-    let lab = Lab::new();
-    if cannot_shape("bandwidth_is_kept_in_both_directions", &lab) {
-        return;
-    }
+    let Some(lab) = Lab::shaping("bandwidth_is_kept_in_both_directions") else { return };
     let eni = lab.eni(1);
     let (ns, mut lease) = lab.pod(&eni, 21, Veth);
     lease.bandwidth = Bandwidth { ingress_bps: Some(20_000_000), egress_bps: Some(40_000_000) };
@@ -426,10 +393,7 @@ fn an_eni_is_awaited_prepared_restored_and_forgotten() {
 
 #[test]
 fn the_nodes_own_device_keeps_what_its_os_gave_it() {
-    if skipped("the_nodes_own_device_keeps_what_its_os_gave_it") {
-        return;
-    }
-    let lab = Lab::new();
+    let Some(lab) = Lab::here("the_nodes_own_device_keeps_what_its_os_gave_it") else { return };
     let eni = lab.eni_ref(0);
     let (ns, lease) = lab.pod(&eni, 21, Veth);
     lab.run(async |wirer| {

@@ -4,6 +4,9 @@
 //! also when it fails. The test's thread lives in the node's namespace, and so do
 //! the actor's threads, which it starts.
 
+#[path = "../support/skip.rs"]
+mod skipping;
+
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -16,6 +19,7 @@ use fairway::actor::{AskError, ChildPolicy, Deadline, Handle, Handles, Message, 
 use fairway::model::{AttachMode, AttachmentId, Bandwidth, EniId, EniRef, Lease, Mac, PodKey, Subnet, VSwitchId};
 use fairway::netns::{Config, NetnsWirer, NoPrograms, PodPrograms, Wiring};
 use fairway::sys::netns::Netns;
+pub use skipping::skip;
 
 /// An address outside the node, behind the router.
 pub const OUTSIDE4: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 9);
@@ -35,15 +39,6 @@ pub fn skipped(test: &str) -> bool {
     };
     skip(test, missing);
     true
-}
-
-pub fn skip(test: &str, missing: &str) {
-    let line = format!("SKIPPED: {test}: {missing}");
-    println!("{line}");
-    if let Some(file) = std::env::var_os("FAIRWAY_SKIPPED") {
-        let mut file = std::fs::OpenOptions::new().append(true).create(true).open(file).unwrap();
-        writeln!(file, "{line}").unwrap();
-    }
 }
 
 /// True (and said) when this kernel cannot limit bandwidth as the test wants.
@@ -242,6 +237,16 @@ pub struct Lab {
 static LABS: AtomicU32 = AtomicU32::new(0);
 
 impl Lab {
+    /// A lab, where this machine can have one.
+    pub fn here(test: &str) -> Option<Self> {
+        (!skipped(test)).then(Self::new)
+    }
+
+    /// A lab for a test that limits bandwidth, where this machine can.
+    pub fn shaping(test: &str) -> Option<Self> {
+        Self::here(test).filter(|lab| !cannot_shape(test, lab))
+    }
+
     /// A node with its primary ENI (eth0, by its OS) and a router; the calling
     /// thread is in the node's namespace afterwards.
     pub fn new() -> Self {

@@ -22,6 +22,7 @@ use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 
 use super::cloud::ModelCloud;
+use super::links::{noted, says};
 
 /// What pods really use, and what the host really has.
 #[derive(Default)]
@@ -192,6 +193,14 @@ impl Node {
         }
     }
 
+    /// What a host link says.
+    fn says(&self, attachment: &AttachmentId, ip: Ipv4Addr) -> Attached {
+        let n = attachment.sandbox.as_str().rsplit('-').next().unwrap_or_default();
+        let mut said = says(attachment, ip, None, &PodKey::new("ns", format!("pod-{n}")));
+        said.note.netns = Some(self.netns.path().join(attachment.sandbox.as_str()));
+        said
+    }
+
     pub fn inventory(&self) -> KernelInventory {
         let kernel = self.kernel.lock();
         let in_pods: BTreeSet<Mac> =
@@ -204,6 +213,12 @@ impl Node {
             host_links: kernel.wired.values().map(|(a, ..)| a.to_string()).collect(),
             ruled: routed.clone(),
             routed,
+            attached: kernel
+                .wired
+                .iter()
+                .filter(|(_, (a, ..))| noted(a))
+                .map(|(ip, (a, ..))| self.says(a, *ip))
+                .collect(),
             ..KernelInventory::default()
         }
     }

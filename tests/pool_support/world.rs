@@ -2,7 +2,7 @@
 //! with a model cloud, devices, and pods that really use what they were given.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use fairway::pool::work::{Subject, Work, due};
 use fairway::pool::{Allocate, Config, PoolError};
 
 use super::cloud::ModelCloud;
+use super::links::{noted, says};
 
 pub struct World {
     pub state: State,
@@ -30,7 +31,7 @@ pub struct World {
     pub cloud: ModelCloud,
     pub now: Time,
     /// The truth: which attachment uses which address.
-    pub pods: BTreeMap<AttachmentId, (Ipv4Addr, PodKey, AttachMode)>,
+    pub pods: BTreeMap<AttachmentId, (Ipv4Addr, Option<Ipv6Addr>, PodKey, AttachMode)>,
     released: BTreeMap<Ipv4Addr, (Time, PodKey)>,
     missed: BTreeSet<EniKey>,
     refused: BTreeMap<AttachmentId, String>,
@@ -135,7 +136,7 @@ impl World {
     }
 
     fn unuse(&mut self, attachment: &AttachmentId) {
-        if let Some((ip, pod, _)) = self.pods.remove(attachment) {
+        if let Some((ip, _, pod, _)) = self.pods.remove(attachment) {
             self.released.insert(ip, (self.now, pod));
         }
     }
@@ -155,8 +156,10 @@ impl World {
     /// A pod takes what it was leased: nobody else may have it, or have had it
     /// moments ago.
     fn begin_use(&mut self, lease: &Lease) {
-        for (other, (ip, ..)) in &self.pods {
-            assert!(*ip != lease.v4, "{ip} is given to {} while {other} uses it", lease.attachment);
+        for (other, (ip, v6, ..)) in &self.pods {
+            let (ours, theirs) = ((lease.v4, lease.v6), (*ip, *v6));
+            let shares = ours.0 == theirs.0 || ours.1.is_some() && ours.1 == theirs.1;
+            assert!(!shares, "{ours:?} is given to {} while {other} uses {theirs:?}", lease.attachment);
         }
         if let Some((at, pod)) = self.released.get(&lease.v4) {
             let cooled = self.now.since(*at) >= self.config.quarantine;
@@ -166,7 +169,7 @@ impl World {
         let eni = cloud.enis.get(&lease.eni.id);
         assert!(eni.is_some_and(|e| e.ipv4.contains(&lease.v4)), "{} is not assigned", lease.v4);
         drop(cloud);
-        self.pods.insert(lease.attachment.clone(), (lease.v4, lease.pod.clone(), lease.mode));
+        self.pods.insert(lease.attachment.clone(), (lease.v4, lease.v6, lease.pod.clone(), lease.mode));
         let v4 = lease.v4;
         self.state.apply(&Step::Confirm { v4 }, self.now).unwrap();
     }
@@ -219,6 +222,9 @@ impl World {
                 fairway::pool::Why::Waiting(_) => {}
                 fairway::pool::Why::Full { in_use, limit } => {
                     refused.push((w.attachment.clone(), PoolError::NodeFull { in_use, limit }.to_string()));
+                }
+                fairway::pool::Why::NoPlace { shared, limit } => {
+                    refused.push((w.attachment.clone(), PoolError::NoPlace { shared, limit }.to_string()));
                 }
                 fairway::pool::Why::Refused(reason) => refused.push((w.attachment.clone(), reason)),
             }
@@ -361,7 +367,10 @@ impl World {
 
     /// What the sweep finds: recovered leases that no pod uses.
     fn collect_evidence(&mut self) {
-        let gone = self.state.leases().filter(|(v4, h)| h.recovered && self.pods_with(*v4).is_empty());
+        let used = |v4: Ipv4Addr, v6: Option<Ipv6Addr>| {
+            self.pods.values().any(|(ip, ip6, ..)| *ip == v4 || v6.is_some() && *ip6 == v6)
+        };
+        let gone = self.state.leases().filter(|(v4, h)| h.recovered && !used(*v4, h.lease.v6));
         self.demand.gone = gone.map(|(_, h)| h.lease.attachment.clone()).collect();
     }
 
@@ -419,12 +428,19 @@ impl World {
             self.pods.values().filter(|(.., mode)| *mode == AttachMode::Exclusive).map(|(ip, ..)| *ip).collect();
         let attached = self.cloud.secondary().into_iter().filter(|e| e.instance.is_some());
         let here = attached.filter(|e| !e.ipv4.iter().any(|ip| in_pods.contains(ip)));
+        let veth = self.pods.values().filter(|(.., m)| *m == AttachMode::Veth);
         let routed: Vec<IpAddr> =
-            self.pods.values().filter(|(.., m)| *m == AttachMode::Veth).map(|(ip, ..)| IpAddr::V4(*ip)).collect();
+            veth.flat_map(|(ip, v6, ..)| std::iter::once(IpAddr::V4(*ip)).chain(v6.map(IpAddr::V6))).collect();
         KernelInventory {
             enis: here.map(|e| (e.mac, e.id.to_string())).collect(),
             ruled: routed.clone(),
             routed,
+            attached: self
+                .pods
+                .iter()
+                .filter(|(a, _)| noted(a))
+                .map(|(a, (ip, v6, pod, _))| says(a, *ip, *v6, pod))
+                .collect(),
             ..KernelInventory::default()
         }
     }
@@ -449,15 +465,13 @@ impl World {
     /// What pods use is leased, to them.
     pub fn check_truth(&self) {
         self.state.check().unwrap();
-        for (attachment, (ip, ..)) in &self.pods {
+        for (attachment, (ip, v6, ..)) in &self.pods {
             let Some(held) = self.state.addresses.get(ip).and_then(|a| a.held()) else {
                 panic!("{attachment} uses {ip}, which is {:?}", self.state.addresses.get(ip));
             };
-            assert!(
-                held.recovered || held.lease.attachment == *attachment,
-                "{ip} is leased to {}",
-                held.lease.attachment
-            );
+            let same = held.lease.attachment == *attachment;
+            assert!(same || held.recovered && !noted(attachment), "{ip} is leased to {}", held.lease.attachment);
+            assert!(!same || held.lease.v6 == *v6, "{ip} is leased with {:?}, and used with {v6:?}", held.lease.v6);
         }
     }
 

@@ -42,7 +42,7 @@ async fn one(plan: &Plan, round: usize, samples: &mut Vec<Sample>) -> anyhow::Re
         let which = sandboxes.of(&format!("burst{round}"), PODS);
         let subject = super::fairway(&site);
         let since = site.cloud.now_ms();
-        super::bind_pods(&site, PODS)?;
+        super::bind_pods(&site, PODS).await?;
         let (added, undo) = tokio::task::spawn_blocking({
             let (subject, which) = (subject.clone(), which.clone());
             move || (batch(&subject, "ADD", &which, PODS), (subject, which))

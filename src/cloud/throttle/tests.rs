@@ -1,3 +1,6 @@
+//! Random schedules of calls against the limiter: nobody starves, no window
+//! holds too many, and lanes keep their order.
+
 use super::*;
 use proptest::prelude::*;
 

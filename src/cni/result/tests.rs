@@ -1,3 +1,6 @@
+//! Results in every CNI version: what they say, what is refused, and that
+//! chaining keeps what came before.
+
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use proptest::prelude::*;

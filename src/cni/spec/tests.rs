@@ -1,3 +1,6 @@
+//! CNI calls as real runtimes make them, and hostile ones: understood, or
+//! answered with what is wrong.
+
 use proptest::prelude::*;
 use serde_json::json;
 

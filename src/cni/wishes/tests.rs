@@ -1,3 +1,6 @@
+//! What pods ask for by annotations, labels and runtimeConfig, hostile values
+//! included.
+
 use proptest::prelude::*;
 use serde_json::json;
 

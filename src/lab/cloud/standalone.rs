@@ -79,6 +79,16 @@ pub async fn serve(
     fabric: Arc<dyn Fabric>,
     ready: impl FnOnce(&Running),
 ) -> Result<(), ServeError> {
+    serve_also(config, Listeners::default(), fabric, ready).await
+}
+
+/// As [`serve`], on the further listeners of `more` too.
+pub async fn serve_also(
+    config: ServeConfig,
+    more: Listeners,
+    fabric: Arc<dyn Fabric>,
+    ready: impl FnOnce(&Running),
+) -> Result<(), ServeError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
     let listeners = Listeners {
@@ -87,7 +97,7 @@ pub async fn serve(
         metadata: bind("metadata", config.metadata)?,
         admin: bind("admin", config.admin)?,
         resolver: Resolver::Peers(config.peers),
-        ..Listeners::default()
+        ..more
     };
     let running = CloudLab::start(config.cloud, fabric, listeners)?;
     let started = prepare(&running, config.ca_file, &config.nodes).await;

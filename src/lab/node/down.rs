@@ -5,6 +5,7 @@
 //! in the lab's namespaces, mounts, namespaces of pods and of machines, folders.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -21,11 +22,17 @@ use super::cgroup;
 use crate::lab::vpc::name::{LabId, STATE_ROOT, make_dir};
 use crate::lab::vpc::ns;
 
-const STOP_WITHIN: Duration = Duration::from_secs(10);
+const STOP_WITHIN: Duration = Duration::from_secs(20);
+/// In a lab's state folder: the process that has claimed it.
+const PID_FILE: &str = "lab.pid";
+/// In a lab's state folder: what a lab in the background says.
+pub const LOG_FILE: &str = "lab.log";
 
 #[derive(Debug, thiserror::Error)]
 pub enum DownError {
-    #[error("lab {0} is running already (process {1}); end it, or run `fairway lab down`")]
+    #[error(
+        "lab {0} is running already (process {1}); take it down with `fairway lab down --id {0}`, or choose another --id"
+    )]
     Running(LabId, String),
     #[error("{what}: {cause}")]
     Io { what: String, cause: io::Error },
@@ -45,17 +52,58 @@ pub struct Claim {
 /// Take the lab's state folder for this process; refuses while another has it.
 pub fn claim(id: &LabId) -> Result<Claim, DownError> {
     let dir = id.state_dir();
-    make_dir(&dir).map_err(at(&dir))?;
-    let path = dir.join("lab.pid");
-    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(at(&path))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => {
+    let path = dir.join(PID_FILE);
+    let mut tries = 0..10;
+    loop {
+        make_dir(&dir).map_err(at(&dir))?;
+        let file = match File::options().create(true).truncate(false).write(true).open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+            other => other.map_err(at(&path))?,
+        };
+        let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
+            // Perhaps somebody only looks whether it is held, for a moment.
+            if tries.next().is_some() {
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            }
+            return Err(DownError::Running(id.clone(), fs::read_to_string(&path).unwrap_or_default()));
+        };
+        // Whoever had it may have removed the folder between the two steps.
+        let same = |there: fs::Metadata| lock.metadata().is_ok_and(|m| m.ino() == there.ino());
+        if fs::metadata(&path).is_ok_and(same) {
             lock.set_len(0).map_err(at(&path))?;
             fs::write(&path, std::process::id().to_string()).map_err(at(&path))?;
-            Ok(Claim { _lock: lock })
+            return Ok(Claim { _lock: lock });
         }
-        Err(_) => Err(DownError::Running(id.clone(), fs::read_to_string(&path).unwrap_or_default())),
     }
+}
+
+/// Whether somebody runs a lab.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// By this process.
+    Running(i32),
+    /// Its process is gone without having taken it down.
+    Dead,
+    /// No process ever claimed it: parts of a lab that run on their own.
+    Unclaimed,
+}
+
+pub fn life(id: &LabId) -> Life {
+    let path = id.state_dir().join(PID_FILE);
+    let Ok(file) = File::open(&path) else { return Life::Unclaimed };
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        Ok(_) => Life::Dead,
+        Err(_) => {
+            let pid = fs::read_to_string(&path).ok().and_then(|s| s.trim().parse().ok());
+            Life::Running(pid.unwrap_or_default())
+        }
+    }
+}
+
+/// Labs whose process died and left them behind.
+pub fn dead() -> Vec<LabId> {
+    labs().into_iter().filter(|id| life(id) == Life::Dead).collect()
 }
 
 /// What was found and removed.
@@ -71,6 +119,26 @@ pub struct Swept {
 impl Swept {
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// The lab's process was ended, and has removed everything itself.
+    pub fn only_ended(&self) -> bool {
+        let left = self.cgroups.len() + self.mounts.len() + self.namespaces.len() + self.folders.len();
+        left == 0 && !self.processes.is_empty()
+    }
+}
+
+impl fmt::Display for Swept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all = [
+            (self.processes.len(), "processes"),
+            (self.cgroups.len(), "cgroups"),
+            (self.mounts.len(), "mounts"),
+            (self.namespaces.len(), "namespaces"),
+            (self.folders.len(), "folders"),
+        ];
+        let some: Vec<String> = all.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
+        f.write_str(&if some.is_empty() { "nothing".to_owned() } else { some.join(", ") })
     }
 }
 
@@ -92,6 +160,19 @@ pub fn labs() -> Vec<LabId> {
 /// a failure and reports the first. Blocks.
 pub fn sweep(id: &LabId) -> Result<Swept, DownError> {
     let mut swept = Swept::default();
+    let ended = end_lab_process(id, &mut swept);
+    let rest = sweep_parts(id, &mut swept, true);
+    ended.and(rest).map(|()| swept)
+}
+
+/// As [`sweep`], by the process that has claimed the lab: at its start, when
+/// its claim and log stay, and at its end.
+pub fn sweep_claimed(id: &LabId, _claim: &Claim, end: bool) -> Result<Swept, DownError> {
+    let mut swept = Swept::default();
+    sweep_parts(id, &mut swept, end).map(|()| swept)
+}
+
+fn sweep_parts(id: &LabId, swept: &mut Swept, all: bool) -> Result<(), DownError> {
     let mut first = None;
     let mut note = |result: Result<(), DownError>| {
         if let Err(e) = result
@@ -100,7 +181,6 @@ pub fn sweep(id: &LabId) -> Result<Swept, DownError> {
             first = Some(e);
         }
     };
-    note(end_lab_process(id, &mut swept));
     for path in cgroup::list(&id.prefix()) {
         swept.processes.extend(cgroup::processes(&path));
         note(cgroup::remove(&path).map_err(at(&path)));
@@ -127,21 +207,36 @@ pub fn sweep(id: &LabId) -> Result<Swept, DownError> {
     let dir = id.state_dir();
     // Never walk into a mount that would not go.
     if dir.exists() && mounts_below(&dir).is_empty() {
-        note(fs::remove_dir_all(&dir).map_err(at(&dir)));
+        note(remove_folder(&dir, all, swept));
+    }
+    first.map_or(Ok(()), Err)
+}
+
+/// The state folder with all in it, or all but what its process keeps there.
+fn remove_folder(dir: &Path, all: bool, swept: &mut Swept) -> Result<(), DownError> {
+    if all {
+        swept.folders.push(dir.to_owned());
+        fs::remove_dir_all(dir).map_err(at(dir))?;
         // Gone too when this was the last lab.
         let _ = fs::remove_dir(STATE_ROOT);
-        swept.folders.push(dir);
+        return Ok(());
     }
-    match first {
-        Some(e) => Err(e),
-        None => Ok(swept),
+    for entry in fs::read_dir(dir).map_err(at(dir))?.flatten() {
+        let path = entry.path();
+        if [PID_FILE, LOG_FILE].iter().any(|kept| entry.file_name() == *kept) {
+            continue;
+        }
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.map_err(at(&path))?;
+        swept.folders.push(path);
     }
+    Ok(())
 }
 
 /// Ask the lab's process to end, and wait; it is told by its lock, so a process
 /// that happens to have its old id is left alone.
 fn end_lab_process(id: &LabId, swept: &mut Swept) -> Result<(), DownError> {
-    let path = id.state_dir().join("lab.pid");
+    let path = id.state_dir().join(PID_FILE);
     let Ok(file) = File::open(&path) else { return Ok(()) };
     let pid: Option<i32> = fs::read_to_string(&path).ok().and_then(|s| s.trim().parse().ok());
     let Err((file, _)) = Flock::lock(file, FlockArg::LockSharedNonblock) else { return Ok(()) };

@@ -2,6 +2,9 @@
 //! that says every pod is well, and waiting without sleeping.
 #![allow(dead_code)]
 
+#[path = "../../support/skip.rs"]
+mod skipping;
+
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
@@ -121,11 +124,5 @@ pub fn pod(name: &str, labels: Value, node: &str) -> Value {
 
 /// What is missing here, said where it is counted.
 pub fn skipped(test: &str, missing: &str) {
-    let line = format!("SKIPPED: {test}: {missing}");
-    println!("{line}");
-    if let Ok(path) = std::env::var("FAIRWAY_SKIPPED") {
-        use std::io::Write as _;
-        let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-        let _ = file.and_then(|mut file| writeln!(file, "{line}"));
-    }
+    skipping::skip(test, missing);
 }

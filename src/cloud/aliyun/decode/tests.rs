@@ -1,3 +1,6 @@
+//! Answers as recorded, as documented, damaged and made up: read in full, or
+//! refused without panic.
+
 use super::*;
 use serde_json::{Value, json};
 
