@@ -79,13 +79,21 @@ fn link_shim_statically(out_dir: &Path) -> Result<()> {
     if target != ["linux", "gnu"] || !native {
         return Ok(());
     }
-    let archive = |name: &str| {
+    let archive = |name: &str| -> Result<PathBuf> {
         let found = output(Command::new("cc").arg(format!("-print-file-name={name}")))?;
         let path = PathBuf::from(found.trim_end());
         if path.is_absolute() { Ok(path) } else { Err(format!("no {name}").into()) }
     };
     // The unwinder's archive has another name than its library.
-    let names = [("gcc_s", "gcc_eh"), ("c", "c"), ("m", "m"), ("pthread", "pthread"), ("dl", "dl"), ("rt", "rt"), ("util", "util")];
+    let names = [
+        ("gcc_s", "gcc_eh"),
+        ("c", "c"),
+        ("m", "m"),
+        ("pthread", "pthread"),
+        ("dl", "dl"),
+        ("rt", "rt"),
+        ("util", "util"),
+    ];
     let found: Result<Vec<_>> = names.iter().map(|(of, is)| Ok((*of, archive(&format!("lib{is}.a"))?))).collect();
     let Ok(found) = found else { return Ok(()) };
     let folder = out_dir.join("static");

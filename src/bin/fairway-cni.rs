@@ -8,6 +8,7 @@
 //! Uses std, serde and serde_json only, is linked statically (`build.rs`), and
 //! starts no thread on its usual way: it lives for less than a millisecond
 //! besides what the agent takes.
+#![cfg_attr(not(test), no_main)]
 
 use std::env;
 use std::fs::File;
@@ -15,13 +16,15 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+#[cfg(not(test))]
+#[path = "../sys/entry.rs"]
+mod entry;
 #[path = "../sys/patience.rs"]
 mod patience;
 // Each side uses its part of these.
@@ -46,13 +49,15 @@ const STATUS_PATIENCE: Duration = Duration::from_secs(4);
 const STDIN_PATIENCE: Duration = Duration::from_secs(10);
 const DISK_PATIENCE: Duration = Duration::from_secs(10);
 
-fn main() -> ExitCode {
+/// The exit code.
+#[cfg_attr(test, allow(dead_code))]
+fn start() -> i32 {
     let began = Instant::now();
     let mut version = String::new();
     let (text, exit) = match run(began, &mut version) {
-        Ok(None) => return ExitCode::SUCCESS,
-        Ok(Some(result)) => (result.to_string(), ExitCode::SUCCESS),
-        Err(e) => (error_text(e, &version), ExitCode::FAILURE),
+        Ok(None) => return 0,
+        Ok(Some(result)) => (result.to_string(), 0),
+        Err(e) => (error_text(e, &version), 1),
     };
     // A runtime that does not read its answer gets none.
     let _ = writeln!(io::stdout(), "{text}");
