@@ -10,9 +10,10 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tracing::Instrument as _;
 
-use super::desk::{self, Desk, Locks, Returned, Shared, Undone};
+use super::desk::{self, Desk, Locks, Shared};
 use super::monitor::{self, Monitor, Watched};
 use super::nl::NlError;
+use super::undo::{self, Returned, Undone};
 use super::unlink::{self, Unlinker};
 use super::{
     BadConfig, Config, ForgetEni, Inventory, KernelInventory, PodPrograms, PrepareEni, PreparedEni, Unwire, Verify,
@@ -143,7 +144,7 @@ impl Handles<Unwire> for NetnsWirer {
         let reused = self.prepared.contains_key(&lease.eni.mac);
         let unlink = {
             let (unlinker, shared) = (self.unlinker.clone(), self.shared.clone());
-            move |lease: &Lease, index| unlinker.remove(index, desk::then_detach(&shared, lease))
+            move |lease: &Lease, index| unlinker.remove(index, undo::then_detach(&shared, lease))
         };
         let work = unwire(self.crew.clone(), self.monitor.clone(), unlink, lease, reused, deadline);
         self.answer(to, ctx, work, |_, _| {});
