@@ -4,7 +4,7 @@
 //! turn is one batch, written before anyone is told: flushed to the disk when it
 //! says something of the cloud, which a power cut does not undo; noted in the
 //! `tail`, out of reach of whatever kills the process, when it is about the
-//! node's own kernel alone (`docs/decisions/0005-the-ledgers-tail.md`). Keys are
+//! node's own kernel alone (`docs/decisions/0007-the-ledgers-tail.md`). Keys are
 //! readable (`address/10.0.1.7`), values are `v1:` and JSON. The tree `meta` says
 //! which schema this is and whose ledger: another instance's is refused.
 //!
