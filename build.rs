@@ -1,5 +1,5 @@
 //! Compiles `ebpf/` for the BPF target and leaves the object in `OUT_DIR`, and
-//! has the CNI shim linked statically.
+//! has the CNI shim linked with one library less.
 //!
 //! The object is cached outside `target/` by everything it is made from (the
 //! sources, the lock file, the compiler, the linker), so a clean build or a
@@ -53,7 +53,7 @@ fn run() -> Result<()> {
         println!("cargo::rerun-if-env-changed={name}");
     }
 
-    link_shim_statically(&out_dir)?;
+    link_shim_without_unwinder(&out_dir)?;
     let object = match std::env::var_os("FAIRWAY_EBPF_OBJECT") {
         Some(path) => {
             println!("cargo::rerun-if-changed={}", Path::new(&path).display());
@@ -66,44 +66,28 @@ fn run() -> Result<()> {
     Ok(())
 }
 
-/// The CNI shim is started for every call, and finding its libraries takes
-/// longer than what it does then. A static program needs the C library as an
-/// archive; where there is none it stays dynamic and works the same.
+/// The CNI shim is started for every call, and finding and relocating a library
+/// takes as long as half of what it does then. Of its two it needs the C library
+/// (static, it would be larger than the shim by far); the unwinder comes as an
+/// archive as well. Where that is missing the shim has both and works the same.
 ///
-/// rustc chooses static or dynamic for a whole build, not for one program; but a
-/// linker takes from the first folder that has a library, so this program is
-/// given one with the archives alone.
-fn link_shim_statically(out_dir: &Path) -> Result<()> {
+/// rustc asks every program's linker for the library; but a linker takes from
+/// the first folder that has either, so this program is given one with the
+/// archive alone.
+fn link_shim_without_unwinder(out_dir: &Path) -> Result<()> {
     let target = ["CARGO_CFG_TARGET_OS", "CARGO_CFG_TARGET_ENV"].map(|name| var(name).unwrap_or_default());
     let native = var("HOST")? == var("TARGET")?;
-    if target != ["linux", "gnu"] || !native {
+    let found = output(Command::new("cc").arg("-print-file-name=libgcc_eh.a")).unwrap_or_default();
+    let archive = Path::new(found.trim_end());
+    if target != ["linux", "gnu"] || !native || !archive.is_absolute() {
         return Ok(());
     }
-    let archive = |name: &str| -> Result<PathBuf> {
-        let found = output(Command::new("cc").arg(format!("-print-file-name={name}")))?;
-        let path = PathBuf::from(found.trim_end());
-        if path.is_absolute() { Ok(path) } else { Err(format!("no {name}").into()) }
-    };
-    // The unwinder's archive has another name than its library.
-    let names = [
-        ("gcc_s", "gcc_eh"),
-        ("c", "c"),
-        ("m", "m"),
-        ("pthread", "pthread"),
-        ("dl", "dl"),
-        ("rt", "rt"),
-        ("util", "util"),
-    ];
-    let found: Result<Vec<_>> = names.iter().map(|(of, is)| Ok((*of, archive(&format!("lib{is}.a"))?))).collect();
-    let Ok(found) = found else { return Ok(()) };
-    let folder = out_dir.join("static");
+    let folder = out_dir.join("unwinder");
     fs::create_dir_all(&folder)?;
-    for (name, archive) in found {
-        let link = folder.join(format!("lib{name}.a"));
-        let _ = fs::remove_file(&link);
-        std::os::unix::fs::symlink(archive, link)?;
-    }
-    println!("cargo::rustc-link-arg-bin=fairway-cni=-static-pie");
+    let link = folder.join("libgcc_s.a");
+    let _ = fs::remove_file(&link);
+    std::os::unix::fs::symlink(archive, link)?;
+    println!("cargo::rustc-link-arg-bin=fairway-cni=-static-libgcc");
     println!("cargo::rustc-link-arg-bin=fairway-cni=-L{}", folder.display());
     Ok(())
 }

@@ -25,7 +25,7 @@ pub use context::{Ctx, Timer};
 pub use gate::{Handle, Port};
 pub use message::{AskError, Deadline, Message, Responder};
 pub use registry::{ActorSnapshot, ActorState, MessageSnapshot, Registry, TypeSnapshot};
-pub use supervisor::{ChildPolicy, Escalation, Placement, StartError, Tree, run};
+pub use supervisor::{ChildPolicy, Escalation, Placement, StartError, Together, Tree, run};
 pub use worker::{Worker, WorkerGone, WorkerStartError};
 
 /// An actor: state with one owner, changed only by its messages.
