@@ -33,7 +33,8 @@ pub use worker::{Worker, WorkerGone, WorkerStartError};
 /// Built by a factory, afresh after every failure, from the ledger and the
 /// kernel, never from the dead value.
 pub trait Actor: Sized + Unpin + 'static {
-    /// The same word in `actors.md`, metric labels, thread names, log targets.
+    /// The same word in `actors.md`, metric labels, log targets, and the name of
+    /// its thread when that is its own.
     const NAME: &'static str;
     /// How many requests may wait or be in work; one more is refused as busy.
     const CAPACITY: usize = 128;

@@ -16,8 +16,9 @@ use crate::model::AttachmentId;
 
 /// Answer this long before the deadline, so that the caller hears the reason.
 const MARGIN: Duration = Duration::from_millis(500);
-/// What was written without a flush is flushed within this time.
-const SETTLE_WITHIN: Duration = Duration::from_secs(1);
+/// What was written without a flush is flushed within this time. Whoever comes
+/// meanwhile waits for the disk.
+const SETTLE_WITHIN: Duration = Duration::from_secs(5);
 /// A ledger that could not be written is tried again this soon.
 const LEDGER_RETRY: Duration = Duration::from_secs(1);
 
