@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::maps::{HashMap, MapData, MapError};
 use fairway_ebpf_abi::{
-    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_SHORT,
-    PODS, Pod,
+    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, PODS, POD_SHORT,
+    Pod,
 };
 
 use super::DatapathError;
