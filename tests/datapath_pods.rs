@@ -590,7 +590,14 @@ fn wiring_threads_attach_in_parallel_and_verify_what_they_attached() {
         for name in &names {
             scope.spawn(|| {
                 let lease = lease(name, AttachMode::Veth, "/nonexistent");
-                let to = Attachment { lease: &lease, host_ifname: name, host_ifindex: index(name), eni_ifindex: None, shared_eni: None, netns_cookie: None };
+                let to = Attachment {
+                    lease: &lease,
+                    host_ifname: name,
+                    host_ifindex: index(name),
+                    eni_ifindex: None,
+                    shared_eni: None,
+                    netns_cookie: None,
+                };
                 programs.attach(&to).unwrap();
                 assert!(programs.verify(&to).unwrap().is_empty());
             });
@@ -617,7 +624,14 @@ fn an_exclusive_enis_programs_are_verified_where_it_is() {
     ip("link add eni1 type veth peer name port");
     let pod = Netns::new();
     let lease = lease("x", AttachMode::Exclusive, &pod.path());
-    let host = Attachment { lease: &lease, host_ifname: "h", host_ifindex: 0, eni_ifindex: Some(index("eni1")), shared_eni: None, netns_cookie: None };
+    let host = Attachment {
+        lease: &lease,
+        host_ifname: "h",
+        host_ifindex: 0,
+        eni_ifindex: Some(index("eni1")),
+        shared_eni: None,
+        netns_cookie: None,
+    };
     programs.attach(&host).unwrap();
     assert!(programs.verify(&host).unwrap().is_empty());
     ip(&format!("link set eni1 netns {} name eth0", pod.path()));

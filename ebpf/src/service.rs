@@ -9,8 +9,8 @@ use aya_ebpf::btf_maps::{HashMap, LpmTrie, LruHashMap, lpm_trie::Key};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::btf_map;
 use fairway_ebpf_abi::{
-    Addr, Affinity, AffinityKey, Backend, FRONTEND_AFFINITY, FRONTEND_RANGES, Frontend, FrontendKey, MAX_AFFINITIES,
-    MAX_BACKENDS, MAX_FRONTENDS, MAX_SOURCE_RANGES, RangeKey, SlotKey,
+    Addr, Affinity, AffinityKey, BACKEND_DRAINING, Backend, FRONTEND_AFFINITY, FRONTEND_RANGES, Frontend, FrontendKey,
+    MAX_AFFINITIES, MAX_BACKENDS, MAX_FRONTENDS, MAX_SOURCE_RANGES, RangeKey, SlotKey,
 };
 
 use crate::account::NO_PREALLOC;
@@ -71,6 +71,7 @@ pub fn choose(frontend: &Frontend, hash: u32, client: AffinityKey) -> Option<&'s
         let age = now.wrapping_sub(known.last_used);
         if age < u64::from(frontend.affinity_seconds) * SECOND
             && let Some(backend) = backend(known.backend)
+            && backend.flags & BACKEND_DRAINING == 0
         {
             known.last_used = now;
             return Some(backend);

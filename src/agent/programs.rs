@@ -10,6 +10,7 @@ use std::os::fd::AsFd as _;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use crate::datapath::services::KernelMaps;
 use crate::datapath::{Datapath, DatapathError, Device, Way};
 use crate::model::{AttachMode, AttachmentId};
 use crate::netns::{Attachment, PodPrograms};
@@ -69,6 +70,11 @@ impl Programs {
                 })
             })
             .collect()
+    }
+
+    /// The maps of Services, with descriptors of their own.
+    pub fn service_maps(&self) -> Result<KernelMaps, String> {
+        self.datapath.lock().service_maps().map_err(|e| e.to_string())
     }
 
     fn on_device<R>(
