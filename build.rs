@@ -1,4 +1,5 @@
-//! Compiles `ebpf/` for the BPF target and leaves the object in `OUT_DIR`.
+//! Compiles `ebpf/` for the BPF target and leaves the object in `OUT_DIR`, and
+//! has the CNI shim linked with one library less.
 //!
 //! The object is cached outside `target/` by everything it is made from (the
 //! sources, the lock file, the compiler, the linker), so a clean build or a
@@ -52,6 +53,7 @@ fn run() -> Result<()> {
         println!("cargo::rerun-if-env-changed={name}");
     }
 
+    link_shim_without_unwinder(&out_dir)?;
     let object = match std::env::var_os("FAIRWAY_EBPF_OBJECT") {
         Some(path) => {
             println!("cargo::rerun-if-changed={}", Path::new(&path).display());
@@ -61,6 +63,32 @@ fn run() -> Result<()> {
     };
     let embedded = out_dir.join("fairway-ebpf.o");
     fs::copy(&object, &embedded).map_err(|e| format!("cannot read the eBPF object {}: {e}", object.display()))?;
+    Ok(())
+}
+
+/// The CNI shim is started for every call, and finding and relocating a library
+/// takes as long as half of what it does then. Of its two it needs the C library
+/// (static, it would be larger than the shim by far); the unwinder comes as an
+/// archive as well. Where that is missing the shim has both and works the same.
+///
+/// rustc asks every program's linker for the library; but a linker takes from
+/// the first folder that has either, so this program is given one with the
+/// archive alone.
+fn link_shim_without_unwinder(out_dir: &Path) -> Result<()> {
+    let target = ["CARGO_CFG_TARGET_OS", "CARGO_CFG_TARGET_ENV"].map(|name| var(name).unwrap_or_default());
+    let native = var("HOST")? == var("TARGET")?;
+    let found = output(Command::new("cc").arg("-print-file-name=libgcc_eh.a")).unwrap_or_default();
+    let archive = Path::new(found.trim_end());
+    if target != ["linux", "gnu"] || !native || !archive.is_absolute() {
+        return Ok(());
+    }
+    let folder = out_dir.join("unwinder");
+    fs::create_dir_all(&folder)?;
+    let link = folder.join("libgcc_s.a");
+    let _ = fs::remove_file(&link);
+    std::os::unix::fs::symlink(archive, link)?;
+    println!("cargo::rustc-link-arg-bin=fairway-cni=-static-libgcc");
+    println!("cargo::rustc-link-arg-bin=fairway-cni=-L{}", folder.display());
     Ok(())
 }
 

@@ -25,7 +25,7 @@ pub use context::{Ctx, Timer};
 pub use gate::{Handle, Port};
 pub use message::{AskError, Deadline, Message, Responder};
 pub use registry::{ActorSnapshot, ActorState, MessageSnapshot, Registry, TypeSnapshot};
-pub use supervisor::{ChildPolicy, Escalation, Placement, StartError, Tree, run};
+pub use supervisor::{ChildPolicy, Escalation, Placement, StartError, Together, Tree, run};
 pub use worker::{Worker, WorkerGone, WorkerStartError};
 
 /// An actor: state with one owner, changed only by its messages.
@@ -33,7 +33,8 @@ pub use worker::{Worker, WorkerGone, WorkerStartError};
 /// Built by a factory, afresh after every failure, from the ledger and the
 /// kernel, never from the dead value.
 pub trait Actor: Sized + Unpin + 'static {
-    /// The same word in `actors.md`, metric labels, thread names, log targets.
+    /// The same word in `actors.md`, metric labels, log targets, and the name of
+    /// its thread when that is its own.
     const NAME: &'static str;
     /// How many requests may wait or be in work; one more is refused as busy.
     const CAPACITY: usize = 128;

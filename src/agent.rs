@@ -87,7 +87,9 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
         None => Arc::new(NoPrograms),
     };
     let wiring = Wiring::new(config.netns.clone(), hooks).map_err(AgentError::Wiring)?;
-    let netns: Handle<NetnsWirer> = tree.child(move || NetnsWirer::open(wiring.clone()));
+    // These three are a pod's start and end, and talk to each other all the time.
+    let kubelets = tree.together("kubelet");
+    let netns: Handle<NetnsWirer> = tree.child_in(&kubelets, move || NetnsWirer::open(wiring.clone()));
 
     // The addresses.
     let (bound_sender, bound) = watch::channel(None);
@@ -101,7 +103,7 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
         elected: facts.leader.clone(),
         snapshots,
     };
-    let pool: Handle<Pool> = tree.child(move || Pool::start(deps.clone()));
+    let pool: Handle<Pool> = tree.child_in(&kubelets, move || Pool::start(deps.clone()));
     actor_free_task(facts::bound_pods(facts.clone(), config.cni.default_mode, bound_sender));
     actor_free_task(facts::node_status(snapshot.clone(), cluster.port()));
 
@@ -124,7 +126,7 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
 
     // Kubelet.
     let ports = cni_ports(&pool, &netns, &cluster);
-    let server: Handle<CniServer> = tree.child({
+    let server: Handle<CniServer> = tree.child_in(&kubelets, {
         let (config, facts) = (config.cni.clone(), facts.clone());
         move || CniServer::open(config.clone(), ports.clone(), facts.clone())
     });
@@ -139,6 +141,7 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
         move || DebugHttp::bind(config.clone(), views.clone())
     });
 
+    actor_free_task(forget_start(snapshot));
     tracing::info!(node = config.node, version = env!("CARGO_PKG_VERSION"), "Agent started");
     let outcome = tokio::select! {
         signal = stop.wait() => {
@@ -156,6 +159,13 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
         tracing::warn!(actors = late.join(", "), "Not stopped in time; their state is in the ledger");
     }
     outcome
+}
+
+/// What was needed to get here is not needed to go on.
+async fn forget_start(mut snapshot: watch::Receiver<Arc<PoolSnapshot>>) {
+    if snapshot.wait_for(|pool| pool.reconciled).await.is_ok() {
+        crate::sys::memory::forget_text();
+    }
 }
 
 /// Work beside the actors that only carries a fact from one to another.

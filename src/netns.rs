@@ -32,6 +32,7 @@ mod programs;
 mod queues;
 mod read;
 mod site;
+mod undo;
 mod unlink;
 mod veth;
 mod wirer;

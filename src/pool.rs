@@ -7,7 +7,7 @@
 //!
 //! How it turns: requests, answers of calls and changed facts are queued. A turn
 //! takes all of them, applies them and the plan's steps to a copy of the state,
-//! and writes the difference in one batch. Only when that is durable does the
+//! and writes the difference in one batch. Only when that is written does the
 //! copy become the state, are answers given and the calls started that the new
 //! state asks for. What arrives meanwhile waits for the next turn, so batches
 //! grow with the load and nothing ever sleeps to form one.
@@ -245,6 +245,8 @@ pub struct Pool {
     waker: Option<crate::actor::Timer>,
     expiry: Option<crate::actor::Timer>,
     publishing: bool,
+    /// A flush of the ledger is due.
+    settling: bool,
     steps: step::StepCounts,
 
     // Calls.

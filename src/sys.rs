@@ -11,5 +11,6 @@ pub mod lab_exec;
 pub mod memory;
 /// Network namespaces: open with validation, identity, enter and come back.
 pub mod netns;
+// `entry`, its start, and `patience`, waiting with a deadline, are the shim's.
 /// Kernel settings below /proc/sys, written only when they differ.
 pub mod sysctl;

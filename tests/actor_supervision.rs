@@ -246,6 +246,27 @@ fn one_actors_panic_leaves_the_others_alone() {
 }
 
 #[test]
+fn actors_that_share_a_thread_share_nothing_else() {
+    fairway::actor::run(async {
+        let mut tree = Tree::new(Registry::default(), Placement::OwnThread, policy());
+        let thread = tree.together("both");
+        let new = || async { Ok(Counter { count: 0, kept: Vec::new() }) };
+        let a: Handle<Counter> = tree.child_in(&thread, new);
+        let b: Handle<Counter> = tree.child_in(&thread, new);
+        up(&a).await;
+        up(&b).await;
+        assert_eq!(b.ask(Add(3), Deadline::after(SOON)).await, Ok(3));
+        for how in ["panic", "fail", "panic-later"] {
+            let _ = a.ask(Break(how), Deadline::after(SOON)).await;
+        }
+        assert_eq!(b.ask(Add(3), Deadline::after(SOON)).await, Ok(6), "b kept its state");
+        up(&a).await;
+        let late = tree.shutdown(Duration::from_secs(5)).await;
+        assert!(late.is_empty(), "{late:?}");
+    });
+}
+
+#[test]
 fn a_wedged_actor_shows_what_it_is_in_and_is_not_waited_for() {
     fairway::actor::run(async {
         let mut tree = Tree::new(Registry::default(), Placement::OwnThread, policy());

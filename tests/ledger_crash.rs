@@ -150,11 +150,23 @@ fn writer_process() {
             die();
         }
         advance(&mut state, n);
-        ledger.commit(&state).unwrap();
+        write(&mut ledger, &state, n);
         if fail_point.after(&names) {
             die();
         }
         writeln!(out, "durable {}", n + 1).unwrap();
+    }
+}
+
+/// As the pool does it: what is about ENIs is flushed, what is about pods is
+/// noted, and now and then that is flushed as well.
+fn write(ledger: &mut Ledger, state: &State, n: u64) {
+    match n {
+        0..4 => ledger.commit(state).unwrap(),
+        _ => ledger.note(state).unwrap(),
+    }
+    if n % 29 == 28 {
+        ledger.settle().unwrap();
     }
 }
 
@@ -249,6 +261,72 @@ fn the_ledger_reads_back_as_it_was_written() {
     let (_, found, report) = SledStore::open_ledger(&folder, &instance()).unwrap();
     assert_eq!(found.unwrap(), state);
     assert!(!report.rebuilt());
+}
+
+/// A ledger with two flushed states and twenty noted ones behind the second.
+fn noted(folder: &Path) -> Vec<State> {
+    let (mut ledger, ..) = SledStore::open_ledger(folder, &instance()).unwrap();
+    ledger.commit(&history(10)).unwrap();
+    ledger.note(&history(11)).unwrap();
+    ledger.commit(&history(12)).unwrap();
+    let states: Vec<State> = (12..33).map(history).collect();
+    states.iter().for_each(|state| ledger.note(state).unwrap());
+    states
+}
+
+#[test]
+fn a_tail_that_is_cut_or_damaged_anywhere_says_what_it_said_before_that_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let sound = dir.path().join("sound");
+    let states = noted(&sound);
+    let tail = fs::read(sound.join("tail")).unwrap();
+    let mut newest = 0;
+    for round in 0..40 {
+        let at = round * tail.len() / 40;
+        let folder = dir.path().join(format!("ledger{round}"));
+        copy(&sound, &folder);
+        let mut bytes = tail.clone();
+        match round % 3 {
+            0 => bytes.truncate(at),
+            1 => bytes[at] ^= 1,
+            // Never written back, as after a power cut.
+            _ => bytes[at..].fill(0),
+        }
+        fs::write(folder.join("tail"), bytes).unwrap();
+        let (mut ledger, found, report) = SledStore::open_ledger(&folder, &instance()).unwrap();
+        assert_eq!(report.damaged, None);
+        let came_to = states.iter().position(|state| Some(state) == found.as_ref());
+        let came_to = came_to.unwrap_or_else(|| panic!("round {round}: {found:#?}"));
+        assert!(came_to >= newest, "round {round}: {came_to} after {newest}");
+        newest = came_to;
+        // What is noted from here on does not meet what was cut off.
+        ledger.note(&history(50)).unwrap();
+        drop(ledger);
+        let (_, found, _) = SledStore::open_ledger(&folder, &instance()).unwrap();
+        assert_eq!(found.unwrap(), history(50), "round {round}");
+    }
+    assert!(newest > 15, "{newest}");
+}
+
+#[test]
+fn a_tail_that_was_taken_in_is_never_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("ledger");
+    let states = noted(&folder);
+    let old = fs::read(folder.join("tail")).unwrap();
+    let (mut ledger, found, _) = SledStore::open_ledger(&folder, &instance()).unwrap();
+    assert_eq!(found.as_ref(), states.last());
+    ledger.commit(&history(40)).unwrap();
+    drop(ledger);
+    // A crash before the file was cut.
+    fs::write(folder.join("tail"), old).unwrap();
+    let (mut ledger, found, _) = SledStore::open_ledger(&folder, &instance()).unwrap();
+    assert_eq!(found.unwrap(), history(40));
+    ledger.note(&history(41)).unwrap();
+    ledger.settle().unwrap();
+    ledger.note(&history(42)).unwrap();
+    drop(ledger);
+    assert_eq!(SledStore::open_ledger(&folder, &instance()).unwrap().1.unwrap(), history(42));
 }
 
 #[test]

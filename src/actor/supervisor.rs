@@ -1,6 +1,7 @@
 //! One-for-one supervision.
 //!
-//! Each child has a thread of its own (or shares the caller's, in tests). Its
+//! Each child has a thread of its own, or shares one with those it talks to most
+//! (in tests: the caller's). Its
 //! supervisor builds it with a factory, watches its task, sees panics through
 //! the join handle, and builds it anew after a back-off. Too many failures in a
 //! short time escalate: the process ends with the reason, and the kernel goes
@@ -17,6 +18,7 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use rand::Rng as _;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::Actor;
@@ -69,6 +71,15 @@ pub enum Placement {
     Here,
 }
 
+/// A thread that several children share: what they say to each other wakes no
+/// other processor. Nothing else changes, for no actor blocks its thread.
+pub struct Together {
+    starts: mpsc::UnboundedSender<Start>,
+}
+
+/// Called on the shared thread.
+type Start = Box<dyn FnOnce() -> JoinHandle<()> + Send>;
+
 /// A child failed too often.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{actor} failed too often, last: {reason}")]
@@ -111,9 +122,45 @@ impl Tree {
         &self.registry
     }
 
-    /// Start a child. The handle is good at once: until the child is up,
-    /// requests are answered `Unavailable`.
+    /// A thread for several children. It ends when they have.
+    pub fn together(&mut self, name: &str) -> Together {
+        let (starts, mut started) = mpsc::unbounded_channel::<Start>();
+        let body = async move {
+            let mut children = Vec::new();
+            while let Some(start) = started.recv().await {
+                children.push(start());
+            }
+            futures::future::join_all(children).await;
+        };
+        let spawned = std::thread::Builder::new().name(name.to_owned()).spawn(move || run(body));
+        if let Err(e) = spawned {
+            tracing::error!(error = %e, name, "No thread for several actors");
+        }
+        Together { starts }
+    }
+
+    /// Start a child on a thread of its own. The handle is good at once: until
+    /// the child is up, requests are answered `Unavailable`.
     pub fn child<A, F, Fut>(&mut self, factory: F) -> Handle<A>
+    where
+        A: Actor,
+        F: Fn() -> Fut + Send + 'static,
+        Fut: Future<Output = Result<A, StartError>> + 'static,
+    {
+        self.start(None, factory)
+    }
+
+    /// Start a child beside others.
+    pub fn child_in<A, F, Fut>(&mut self, thread: &Together, factory: F) -> Handle<A>
+    where
+        A: Actor,
+        F: Fn() -> Fut + Send + 'static,
+        Fut: Future<Output = Result<A, StartError>> + 'static,
+    {
+        self.start(Some(thread), factory)
+    }
+
+    fn start<A, F, Fut>(&mut self, together: Option<&Together>, factory: F) -> Handle<A>
     where
         A: Actor,
         F: Fn() -> Fut + Send + 'static,
@@ -133,17 +180,23 @@ impl Tree {
                 let _ = end.send(());
             }
         };
-        match self.placement {
-            Placement::Here => {
+        let failed = match (self.placement, together) {
+            (Placement::Here, _) => {
                 actix_rt::spawn(supervise());
+                None
             }
-            Placement::OwnThread => {
+            (Placement::OwnThread, None) => {
                 let spawned = std::thread::Builder::new().name(A::NAME.to_owned()).spawn(move || run(supervise()));
-                if let Err(e) = spawned {
-                    let reason = format!("no thread for it: {e}");
-                    let _ = self.escalate.send(Escalation { actor: A::NAME, reason });
-                }
+                spawned.err().map(|e| e.to_string())
             }
+            (Placement::OwnThread, Some(thread)) => {
+                let sent = thread.starts.send(Box::new(move || actix_rt::spawn(supervise())));
+                sent.err().map(|_| "the shared one has ended".to_owned())
+            }
+        };
+        if let Some(why) = failed {
+            let reason = format!("no thread for it: {why}");
+            let _ = self.escalate.send(Escalation { actor: A::NAME, reason });
         }
         self.children.push(Child { name: A::NAME, stop, ended });
         handle

@@ -27,7 +27,9 @@ const PLUGINS: &str = "/usr/lib/cni";
 pub(super) const INSTANCE_TYPE: &str = "ecs.g7.4xlarge";
 /// Calls of a batch, for each number of calls at a time.
 const BATCHES: [(usize, usize); 2] = [(1, 50), (16, 96)];
-const ROUNDS: usize = 12;
+const ROUNDS: usize = 40;
+/// Before each batch: what the kernel still does for the one before is not its.
+const PAUSE: Duration = Duration::from_millis(150);
 /// Of the pool, so that it is warm again for the next round.
 const QUARANTINE: Duration = Duration::from_secs(2);
 const WARM_WITHIN: Duration = Duration::from_secs(60);
@@ -78,6 +80,7 @@ async fn steady(plan: &Plan) -> anyhow::Result<Vec<Sample>> {
                     if subject.name == "fairway" {
                         warm(&site, count).await?;
                     }
+                    tokio::time::sleep(PAUSE).await;
                     let which = sandboxes.of(&format!("{}{round}x{parallel}", subject.name), count);
                     let (add, del) = add_and_del(subject.clone(), which, parallel).await?;
                     sample(&mut samples, subject.name, parallel, round, &add, &del);

@@ -5,20 +5,28 @@
 //! has a deadline of its own, and never loses a release: a DEL that the agent
 //! cannot take now is left in the spool and reported as done.
 //!
-//! Uses std, serde and serde_json only, and starts in about a millisecond.
+//! Uses std, serde and serde_json only, needs no library but the C library
+//! (`build.rs`), and starts no thread on its usual way: it lives for less than a
+//! millisecond besides what the agent takes.
+#![cfg_attr(not(test), no_main)]
 
 use std::env;
+use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+#[cfg(not(test))]
+#[path = "../sys/entry.rs"]
+mod entry;
+#[path = "../sys/patience.rs"]
+mod patience;
 // Each side uses its part of these.
 #[allow(dead_code)]
 #[path = "../cni/spool.rs"]
@@ -27,6 +35,7 @@ mod spool;
 #[path = "../cni/wire.rs"]
 mod wire;
 
+use patience::{Conversation, Patient};
 use wire::{CniError, Command, Request, Response, code};
 
 /// Kubelet gives a runtime call two minutes; what is left is for the runtime
@@ -40,13 +49,15 @@ const STATUS_PATIENCE: Duration = Duration::from_secs(4);
 const STDIN_PATIENCE: Duration = Duration::from_secs(10);
 const DISK_PATIENCE: Duration = Duration::from_secs(10);
 
-fn main() -> ExitCode {
+/// The exit code.
+#[cfg_attr(test, allow(dead_code))]
+fn start() -> i32 {
     let began = Instant::now();
     let mut version = String::new();
     let (text, exit) = match run(began, &mut version) {
-        Ok(None) => return ExitCode::SUCCESS,
-        Ok(Some(result)) => (result.to_string(), ExitCode::SUCCESS),
-        Err(e) => (error_text(e, &version), ExitCode::FAILURE),
+        Ok(None) => return 0,
+        Ok(Some(result)) => (result.to_string(), 0),
+        Err(e) => (error_text(e, &version), 1),
     };
     // A runtime that does not read its answer gets none.
     let _ = writeln!(io::stdout(), "{text}");
@@ -60,8 +71,7 @@ fn error_text(e: CniError, version: &str) -> String {
 
 fn run(began: Instant, version: &mut String) -> Result<Option<Value>, CniError> {
     let command = command()?;
-    let stdin = within(STDIN_PATIENCE, read_stdin)
-        .unwrap_or_else(|| Err(CniError::new(code::IO, "standard input did not end in time")));
+    let stdin = read_stdin(began + STDIN_PATIENCE);
     if command == Command::Version {
         return stdin.and_then(|bytes| versions(&bytes)).map(Some);
     }
@@ -93,7 +103,7 @@ fn run(began: Instant, version: &mut String) -> Result<Option<Value>, CniError> 
     let left = patience.saturating_sub(began.elapsed());
     request.budget_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
     let entry = spool::Entry::of(&request);
-    let answer = ask_agent(conf.socket.clone(), request, left);
+    let answer = ask_agent(&conf.socket, &request, began + patience);
     match (command, answer) {
         (_, Ok(Response::Done(result))) => Ok(result),
         (Command::Del, Err(why)) => spool_release(conf.spool, entry, &why),
@@ -126,10 +136,16 @@ fn var(name: &str) -> Result<String, CniError> {
     }
 }
 
-fn read_stdin() -> Result<Vec<u8>, CniError> {
-    let mut bytes = Vec::new();
+fn read_stdin(deadline: Instant) -> Result<Vec<u8>, CniError> {
+    let mut bytes = Vec::with_capacity(4096);
     let limit = wire::MAX_FRAME as u64;
-    match io::stdin().lock().take(limit + 1).read_to_end(&mut bytes) {
+    // std's own reader keeps a buffer, of which poll(2) knows nothing.
+    let stdin = io::stdin().as_fd().try_clone_to_owned().map(File::from);
+    let read = stdin.and_then(|inner| Patient { inner, deadline }.take(limit + 1).read_to_end(&mut bytes));
+    match read {
+        Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+            Err(CniError::new(code::IO, "standard input did not end in time"))
+        }
         Err(e) => Err(CniError::new(code::IO, "the network configuration cannot be read").remedy(e.to_string())),
         Ok(_) if bytes.len() as u64 > limit => {
             Err(CniError::new(code::IO, format!("the network configuration is longer than {limit} bytes")))
@@ -203,16 +219,14 @@ fn bad_key(key: &str, value: &Value, want: &str) -> CniError {
 }
 
 /// The agent's answer, or in words why there is none.
-fn ask_agent(socket: PathBuf, request: Request, patience: Duration) -> Result<Response, String> {
-    let name = socket.display().to_string();
-    let asked = within(patience, move || {
-        let mut stream = UnixStream::connect(socket).map_err(|e| format!("connect: {e}"))?;
-        wire::converse(&mut stream, &request).map_err(|e| e.to_string())
-    });
-    match asked {
-        Some(result) => result.map_err(|e| format!("{name}: {e}")),
-        None => Err(format!("{name}: no answer within {} ms", patience.as_millis())),
-    }
+fn ask_agent(socket: &Path, request: &Request, deadline: Instant) -> Result<Response, String> {
+    let asked = Conversation::connect(socket, deadline)
+        .map_err(|e| format!("connect: {e}"))
+        .and_then(|mut stream| wire::converse(&mut stream, request).map_err(|e| e.to_string()));
+    asked.map_err(|why| {
+        let why = if Instant::now() < deadline { why } else { format!("no answer within {} ms", request.budget_ms) };
+        format!("{}: {why}", socket.display())
+    })
 }
 
 fn agent_away(command: Command, why: &str) -> CniError {

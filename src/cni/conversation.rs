@@ -63,8 +63,6 @@ impl Desk {
         let began = Instant::now();
         let steps = deadline.leaving(UNDO_RESERVE.min(deadline.remaining() / 4));
         let _turn = self.turn(&id, steps).await?;
-        self.finish_spooled(&id, steps).await?;
-
         let pod = call.pod.key().unwrap_or_else(|| PodKey::new("", id.sandbox.as_str()));
         let known = self.pod_info(&pod, call.pod.uid.as_deref()).await;
         let about =
@@ -105,14 +103,8 @@ impl Desk {
             bandwidth: wishes.bandwidth,
             reserve: wishes.reserve,
         };
-        let mut allocated = self.ports.allocate.ask(request.clone(), steps).await;
-        if matches!(allocated, Err(AskError::Domain(PoolError::BeingReleased(_)))) {
-            // A release of this attachment was cut short: it is finished first.
-            self.release(id, steps).await?;
-            allocated = self.ports.allocate.ask(request, steps).await;
-        }
         let done = async {
-            let lease = allocated.map_err(|e| cni("no address for the pod", e))?;
+            let lease = self.allocate(id, request, steps).await?;
             let wire = Wire { lease: lease.clone() };
             let wired =
                 self.ports.wire.ask(wire, steps).await.map_err(|e| cni("the pod's network cannot be set up", e))?;
@@ -135,6 +127,23 @@ impl Desk {
         }
     }
 
+    /// What was to be released of this attachment is, before it is leased anew.
+    async fn allocate(&self, id: &AttachmentId, request: Allocate, deadline: Deadline) -> Result<Lease, CniError> {
+        // A release in the spool is rare, and would be of the lease that is
+        // answered here: looking for one need not come first.
+        let asked = self.ports.allocate.ask(request.clone(), deadline);
+        let (spooled, mut allocated) = futures::join!(self.spool.holds(id), asked);
+        let spooled = spooled.map_err(spool_fault)?;
+        if spooled || matches!(allocated, Err(AskError::Domain(PoolError::BeingReleased(_)))) {
+            self.release(id, deadline).await?;
+            if spooled {
+                self.spool.remove(id).await.map_err(spool_fault)?;
+            }
+            allocated = self.ports.allocate.ask(request, deadline).await;
+        }
+        allocated.map_err(|e| cni("no address for the pod", e))
+    }
+
     /// Also after an `Allocate` whose answer did not come: it may have worked.
     async fn undo(&self, call: &Call, id: &AttachmentId, deadline: Deadline) {
         let Err(e) = self.release(id, deadline).await else { return };
@@ -152,9 +161,14 @@ impl Desk {
     }
 
     async fn del(&self, id: AttachmentId, deadline: Deadline) -> Result<(), CniError> {
-        let _turn = self.turn(&id, deadline).await?;
+        let turn = self.turn(&id, deadline).await?;
         self.release(&id, deadline).await?;
-        self.forget_spooled(&id).await;
+        // Kubelet does not wait for this, but the attachment's next call does.
+        let spool = self.spool.clone();
+        tokio::spawn(async move {
+            forget_spooled(&spool, &id).await;
+            drop(turn);
+        });
         Ok(())
     }
 
@@ -254,13 +268,6 @@ impl Desk {
         self.spool.remove(id).await.map_err(fault)
     }
 
-    async fn forget_spooled(&self, id: &AttachmentId) {
-        if let Err(error) = self.spool.remove(id).await {
-            // Taken up again it finds nothing to release.
-            tracing::warn!(%error, "A spooled release stays behind");
-        }
-    }
-
     /// What the watch cache knows; waits a moment for a pod that is new.
     async fn pod_info(&self, pod: &PodKey, uid: Option<&str>) -> Option<Arc<PodInfo>> {
         let mut pods = self.facts.pods.clone();
@@ -306,6 +313,13 @@ impl Desk {
 }
 
 const MIRROR: &str = "kubernetes.io/config.mirror";
+
+async fn forget_spooled(spool: &SpoolWorker, id: &AttachmentId) {
+    if let Err(error) = spool.remove(id).await {
+        // Taken up again it finds nothing to release.
+        tracing::warn!(%error, "A spooled release stays behind");
+    }
+}
 
 fn spool_fault(e: std::io::Error) -> CniError {
     let msg = "releases left in the spool cannot be read";

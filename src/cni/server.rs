@@ -27,6 +27,8 @@ const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
 const REPLY_PATIENCE: Duration = Duration::from_secs(5);
 /// Kept of the shim's time for the way back.
 const REPLY_RESERVE: Duration = Duration::from_millis(100);
+/// Requests are rarely longer.
+const ORDINARY: usize = 16 << 10;
 const MAX_BUDGET: Duration = Duration::from_secs(600);
 
 /// A bound socket; its name goes away with it.
@@ -172,8 +174,9 @@ async fn read_frame(stream: &mut UnixStream) -> io::Result<Vec<u8>> {
     let mut head = [0; 4];
     stream.read_exact(&mut head).await?;
     let len = wire::body_len(head)?;
-    let mut body = Vec::new();
-    // Grows with what arrives, not with what is announced.
+    // Beyond an ordinary request it grows with what arrives, not with what is
+    // announced.
+    let mut body = Vec::with_capacity(len.min(ORDINARY) + 1);
     stream.take(len as u64).read_to_end(&mut body).await?;
     if body.len() < len {
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{} of {len} bytes came", body.len())));

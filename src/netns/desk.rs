@@ -20,6 +20,7 @@ use super::plan::{self, Facts, Op};
 use super::programs::{Attachment, PodPrograms};
 use super::read::{self, Device};
 use super::site::{PodSide, Site};
+use super::unlink::Unlinker;
 use super::{Config, Finding, WireError, Wired};
 use crate::model::{AttachMode, EniRef, Lease, Mac};
 use crate::sys::netns::{Netns, NetnsError};
@@ -66,19 +67,12 @@ pub(super) struct Desk {
     pub(super) nl: Nl,
     pub(super) home: Netns,
     pub(super) shared: Arc<Shared>,
-}
-
-/// After an unwire: whether an exclusive ENI is where it should be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Returned {
-    Yes,
-    /// Its namespace died and the kernel has not put it back yet.
-    NotYet,
+    pub(super) unlinker: Unlinker,
 }
 
 impl Desk {
-    pub(super) fn open(shared: Arc<Shared>) -> std::io::Result<Self> {
-        Ok(Self { nl: Nl::open()?, home: Netns::current()?, shared })
+    pub(super) fn open(shared: Arc<Shared>, unlinker: Unlinker) -> std::io::Result<Self> {
+        Ok(Self { nl: Nl::open()?, home: Netns::current()?, shared, unlinker })
     }
 
     pub(super) fn wire(&mut self, lease: &Lease) -> Result<Wired, WireError> {
@@ -125,7 +119,8 @@ impl Desk {
             if errors.iter().any(|e| e.errno == libc::EEXIST && e.what.starts_with("create link")) {
                 causes.push(format!("is there another {} in the pod?", lease.attachment.ifname));
             }
-            if let Err(e) = self.undo(lease, false) {
+            let undone = self.undo(lease, false).and_then(|undone| self.remove_pair(lease, undone));
+            if let Err(e) = undone {
                 causes.push(format!("and undoing it failed: {e}"));
             }
             let gone = matches!(Netns::open(&lease.netns), Err(NetnsError::Gone(_)));
@@ -144,54 +139,6 @@ impl Desk {
             },
             mtu: facts.mtu,
         })
-    }
-
-    /// `reused`: the ENI serves others by now and is not this pod's any more.
-    pub(super) fn unwire(&mut self, lease: &Lease, reused: bool) -> Result<Returned, WireError> {
-        let shared = self.shared.clone();
-        let _held = shared.locks.hold(lease.attachment.to_string());
-        self.undo(lease, reused)
-    }
-
-    /// Remove everything of the attachment; goes on after errors and reports all.
-    fn undo(&mut self, lease: &Lease, reused: bool) -> Result<Returned, WireError> {
-        let shared = self.shared.clone();
-        let names = link_names(&shared.config.link_prefix, &lease.attachment);
-        let mut causes = Vec::new();
-        // A path that names nothing, or something else by now, is a dead namespace.
-        let pod = self.open_pod(lease).ok();
-        let taken = self.taken_over(lease, &names.host).map_err(|e| kernel(lease, &e))?;
-        let host = self
-            .nl
-            .all(vec![message::get_link(&names.host, GONE)])
-            .map_err(|e| kernel(lease, &e))?
-            .first()
-            .and_then(|a| read::first_device(a));
-        let mut site = self.site(lease, pod);
-        match site.read(host.as_ref(), &State::new(), &ips(lease)) {
-            Err(e) => causes.push(e.to_string()),
-            Ok(actual) => match plan::diff(&State::new(), &actual) {
-                Err(e) => causes.push(e.to_string()),
-                Ok(mut ops) => {
-                    // Another attachment has the address by now: its rules stay.
-                    ops.retain(|op| !matches!(op, Op::Delete(Key::Rule(_, s), _) if taken.contains(&s.address())));
-                    if let Err(errors) = site.apply(&ops, &mut |_| Ok(())) {
-                        causes.extend(errors.iter().map(ToString::to_string));
-                    }
-                }
-            },
-        }
-        let mut returned = Returned::Yes;
-        if lease.mode == AttachMode::Exclusive && !reused {
-            match self.normalise(lease.eni.mac) {
-                Ok(found) => returned = if found { Returned::Yes } else { Returned::NotYet },
-                Err(e) => causes.push(e.to_string()),
-            }
-        }
-        if let Err(e) = shared.programs.detach(&lease.attachment) {
-            causes.push(format!("program: {e}"));
-        }
-        if causes.is_empty() { Ok(returned) } else { Err(fault(lease, "unwire", causes)) }
     }
 
     /// Give a returned ENI its name at home, with nothing left on it and down.
@@ -268,7 +215,7 @@ impl Desk {
         Ok(findings)
     }
 
-    fn site<'a>(&'a mut self, lease: &Lease, pod: Option<PodSide>) -> Site<'a> {
+    pub(super) fn site<'a>(&'a mut self, lease: &Lease, pod: Option<PodSide>) -> Site<'a> {
         let names = link_names(&self.shared.config.link_prefix, &lease.attachment);
         let exclusive = lease.mode == AttachMode::Exclusive;
         let mut devices = Devices::default();
@@ -293,7 +240,7 @@ impl Desk {
     }
 
     /// The pod's namespace, validated, with a socket in it.
-    fn open_pod(&self, lease: &Lease) -> Result<PodSide, WireError> {
+    pub(super) fn open_pod(&self, lease: &Lease) -> Result<PodSide, WireError> {
         let attachment = || lease.attachment.clone();
         let wrong = |cause: String| WireError::Kernel { attachment: attachment(), step: "namespace".to_owned(), cause };
         if !names::valid_ifname(&lease.attachment.ifname) || lease.attachment.ifname == "lo" {
@@ -376,26 +323,9 @@ impl Desk {
         drop(hints);
         Ok(found)
     }
-
-    /// Which of the lease's addresses are reached over another of our host links:
-    /// they have been leased again.
-    fn taken_over(&mut self, lease: &Lease, own: &str) -> Result<Vec<IpAddr>, NlError> {
-        let ips = ips(lease);
-        let answers = self.nl.all(ips.iter().map(|ip| message::route_lookup(*ip)).collect())?;
-        let mut taken = Vec::new();
-        for (ip, answer) in ips.iter().zip(&answers) {
-            let Some(path) = read::first_path(answer) else { continue };
-            let over = self.nl.all(vec![message::get_link_by_index(path.index, GONE)])?;
-            let over = over.first().and_then(|a| read::first_device(a));
-            if over.is_some_and(|d| d.name != own && names::is_host_link(&self.shared.config.link_prefix, &d.name)) {
-                taken.push(*ip);
-            }
-        }
-        Ok(taken)
-    }
 }
 
-fn ips(lease: &Lease) -> Vec<IpAddr> {
+pub(super) fn ips(lease: &Lease) -> Vec<IpAddr> {
     std::iter::once(IpAddr::V4(lease.v4)).chain(lease.v6.map(IpAddr::V6)).collect()
 }
 
@@ -424,7 +354,7 @@ pub(super) fn kernel(lease: &Lease, e: &NlError) -> WireError {
     WireError::Kernel { attachment: lease.attachment.clone(), step: e.what.clone(), cause: remedy(e) }
 }
 
-fn fault(lease: &Lease, step: &str, causes: Vec<String>) -> WireError {
+pub(super) fn fault(lease: &Lease, step: &str, causes: Vec<String>) -> WireError {
     WireError::Kernel { attachment: lease.attachment.clone(), step: step.to_owned(), cause: causes.join("; ") }
 }
 

@@ -158,6 +158,26 @@ fn link_message(index: u32) -> LinkMessage {
     message
 }
 
+pub(super) fn remove_link(index: u32) -> Request {
+    request(format!("remove link {index}"), Rtnl::DelLink(link_message(index)), 0, GONE)
+}
+
+/// These links in one removal, by a group that has no other members.
+pub(super) fn remove_links(indexes: &[u32], group: u32) -> Vec<Request> {
+    let mut requests: Vec<Request> = indexes
+        .iter()
+        .map(|index| {
+            let mut message = link_message(*index);
+            message.attributes.push(LinkAttribute::Group(group));
+            request(format!("put link {index} into group {group}"), Rtnl::SetLink(message), 0, GONE)
+        })
+        .collect();
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::Group(group));
+    requests.push(request(format!("remove links of group {group}"), Rtnl::DelLink(message), 0, GONE));
+    requests
+}
+
 fn set_link(what: String, index: u32, link: &Link) -> Request {
     let mut message = link_message(index);
     if link.up {

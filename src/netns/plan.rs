@@ -107,8 +107,10 @@ pub(super) fn veth_pair(state: &mut State, names: &LinkNames, peer: Dev, mtu: u3
     state.insert(Key::Setting(Dev::HostLink, Setting::RpFilter), Value::Setting(1));
     state.insert(Key::Setting(Dev::HostLink, Setting::Forwarding4), Value::Setting(1));
     // Neighbours are permanent: nothing on this link needs a link-local address,
-    // its duplicate detection or its multicast reports.
-    state.insert(Key::Setting(Dev::HostLink, Setting::AddrGenMode), Value::Setting(1));
+    // its duplicate detection, its multicast reports or its search for routers.
+    for end in [Dev::HostLink, peer] {
+        state.insert(Key::Setting(end, Setting::AddrGenMode), Value::Setting(1));
+    }
 }
 
 /// The lease's addresses with the node's source address of the same family.

@@ -16,7 +16,6 @@ use super::nl::{GONE, Nl, NlError, Request};
 use super::objects::{Dev, Key, Link, LinkKind, Side, State, Value};
 use super::plan::Op;
 use super::read::{self, Device};
-use super::unlink;
 use crate::model::Mac;
 use crate::sys::netns::Netns;
 use crate::sys::sysctl;
@@ -153,7 +152,6 @@ impl Site<'_> {
         let mut pod = Vec::new();
         let mut gone = BTreeSet::new();
         let mut returned = None;
-        let mut pair = None;
         for op in ops {
             let Op::Delete(key, value) = op else { continue };
             if matches!(key, Key::Address(..)) {
@@ -167,11 +165,6 @@ impl Site<'_> {
                     pod.push(message::move_link(from, index, self.home.as_fd(), &name));
                     returned = Some(name);
                     gone.insert(*dev);
-                }
-                (Key::Link(dev), Value::Link(Link { kind: LinkKind::Veth { .. }, .. })) if dev.side() == Side::Node => {
-                    let mut request = Vec::new();
-                    message::delete(key, value, &self.devices, &mut request);
-                    pair = request.pop().map(|request| (self.devices.index(*dev), request));
                 }
                 _ => {
                     let out = if side(key, value) == Side::Node { &mut node } else { &mut pod };
@@ -199,9 +192,6 @@ impl Site<'_> {
         }
         if !node.is_empty() {
             errors.extend(failures(self.host, node));
-        }
-        if let Some((index, request)) = pair {
-            errors.extend(unlink::remove(self.host, index, request).err());
         }
         errors
     }

@@ -7,11 +7,14 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tracing::Instrument as _;
 
-use super::desk::{Desk, Locks, Returned, Shared};
+use super::desk::{self, Desk, Locks, Shared};
 use super::monitor::{self, Monitor, Watched};
+use super::nl::NlError;
+use super::undo::{self, Returned, Undone};
+use super::unlink::{self, Unlinker};
 use super::{
     BadConfig, Config, ForgetEni, Inventory, KernelInventory, PodPrograms, PrepareEni, PreparedEni, Unwire, Verify,
     Wire, WireError, queues,
@@ -41,6 +44,7 @@ impl Wiring {
 pub struct NetnsWirer {
     shared: Arc<Shared>,
     crew: Crew,
+    unlinker: Unlinker,
     monitor: Rc<Monitor>,
     /// Shared ENIs as last prepared; made right again when their device changes.
     prepared: HashMap<Mac, (EniRef, Watched)>,
@@ -51,11 +55,12 @@ impl NetnsWirer {
     pub async fn open(wiring: Arc<Wiring>) -> Result<Self, StartError> {
         let shared = wiring.shared.clone();
         let monitor = Monitor::start().map_err(StartError::new)?;
-        let crew = Crew::start(&shared).await?;
+        let unlinker = Unlinker::start().map_err(StartError::new)?;
+        let crew = Crew::start(&shared, &unlinker).await?;
         // Before any pod's packets rely on it.
         let told = crew.call("addresses", Desk::tell_addresses).await.map_err(StartError::new)?;
         told.map_err(StartError::new)?;
-        Ok(Self { shared, crew, monitor: Rc::new(monitor), prepared: HashMap::new() })
+        Ok(Self { shared, crew, unlinker, monitor: Rc::new(monitor), prepared: HashMap::new() })
     }
 
     /// Answer with a wiring thread's work; a thread that ended fails the actor.
@@ -135,10 +140,14 @@ impl Handles<Wire> for NetnsWirer {
 impl Handles<Unwire> for NetnsWirer {
     fn handle(&mut self, Unwire { lease }: Unwire, to: Responder<Unwire>, ctx: &mut Ctx<'_, Self>) {
         let deadline = to.deadline().leaving(RESERVE).within(RETURN);
-        let (crew, monitor) = (self.crew.clone(), self.monitor.clone());
         // A DEL repeated after its ENI was given to shared pods.
         let reused = self.prepared.contains_key(&lease.eni.mac);
-        self.answer(to, ctx, unwire(crew, monitor, lease, reused, deadline), |_, _| {});
+        let unlink = {
+            let (unlinker, shared) = (self.unlinker.clone(), self.shared.clone());
+            move |lease: &Lease, index| unlinker.remove(index, undo::then_detach(&shared, lease))
+        };
+        let work = unwire(self.crew.clone(), self.monitor.clone(), unlink, lease, reused, deadline);
+        self.answer(to, ctx, work, |_, _| {});
     }
 }
 
@@ -201,28 +210,45 @@ async fn prepare(
     }
 }
 
-async fn unwire(crew: Crew, monitor: Rc<Monitor>, lease: Lease, reused: bool, deadline: Deadline) -> Outcome<()> {
+async fn unwire(
+    crew: Crew,
+    monitor: Rc<Monitor>,
+    unlink: impl FnOnce(&Lease, u32) -> oneshot::Receiver<Result<(), NlError>>,
+    lease: Lease,
+    reused: bool,
+    deadline: Deadline,
+) -> Outcome<()> {
     let mac = lease.eni.mac;
     let _watched = (lease.mode == AttachMode::Exclusive).then(|| monitor.watch(mac));
     let mut changes = monitor.changes();
-    let id = lease.eni.id.clone();
-    let attachment = lease.attachment.clone();
+    let attachment = lease.attachment.to_string();
     changes.mark_unchanged();
-    let mut returned = match crew.call(&attachment.to_string(), move |desk| desk.unwire(&lease, reused)).await? {
-        Ok(returned) => returned,
+    let undoing = crew.call(&attachment, {
+        let lease = lease.clone();
+        move |desk| desk.unwire(&lease, reused)
+    });
+    let Undone { mut returned, pair, mut causes } = match undoing.await? {
+        Ok(undone) => undone,
         Err(e) => return Ok(Err(e)),
     };
+    if let Some(index) = pair {
+        let gone = unlink(&lease, index).await.unwrap_or_else(|_| Err(unlink::unanswered()));
+        causes.extend(gone.err().map(|e| e.to_string()));
+    }
+    if !causes.is_empty() {
+        return Ok(Err(desk::fault(&lease, "unwire", causes)));
+    }
     while returned == Returned::NotYet {
         if tokio::time::timeout_at(deadline.instant(), changes.changed()).await.is_err() {
             // Detached meanwhile, or held by a process that outlives its pod:
             // PrepareEni will say when it is missed.
-            tracing::warn!(eni = %id, %attachment, "ENI has not come back to the node");
+            tracing::warn!(eni = %lease.eni.id, %attachment, "ENI has not come back to the node");
             break;
         }
-        match crew.call(&attachment.to_string(), move |desk| desk.normalise(mac)).await? {
+        match crew.call(&attachment, move |desk| desk.normalise(mac)).await? {
             Ok(true) => returned = Returned::Yes,
             Ok(false) => {}
-            Err(e) => return Ok(Err(WireError::Kernel { attachment, step: e.what, cause: e.cause })),
+            Err(e) => return Ok(Err(desk::kernel(&lease, &e))),
         }
     }
     Ok(Ok(()))
@@ -276,11 +302,12 @@ struct InWork {
 }
 
 impl Crew {
-    async fn start(shared: &Arc<Shared>) -> Result<Self, StartError> {
+    async fn start(shared: &Arc<Shared>, unlinker: &Unlinker) -> Result<Self, StartError> {
         let mut hands = Vec::new();
         for n in 0..shared.config.threads {
-            let shared = shared.clone();
-            let worker = Worker::start(format!("wiring-{n}"), NetnsWirer::CAPACITY * 2, move || Desk::open(shared));
+            let (shared, unlinker) = (shared.clone(), unlinker.clone());
+            let open = move || Desk::open(shared, unlinker);
+            let worker = Worker::start(format!("wiring-{n}"), NetnsWirer::CAPACITY * 2, open);
             hands.push(Hand { worker: worker.await.map_err(StartError::new)?, load: Cell::new(0) });
         }
         Ok(Self { hands: hands.into(), in_work: Rc::default() })

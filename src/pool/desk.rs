@@ -25,14 +25,15 @@ pub(super) enum DeskHandle {
 type Written = Pin<Box<dyn Future<Output = Result<Result<(), LedgerError>, WorkerGone>>>>;
 
 impl DeskHandle {
-    /// Make this state durable. `steps` are what led to it.
+    /// Write this state, as durably as `steps`, which led to it, ask for.
     pub fn commit(&self, state: State, steps: Vec<&'static str>) -> Written {
         match self {
             DeskHandle::Thread(worker) => Box::pin(worker.call(move |desk| {
                 if desk.fail_point.before(&steps) {
                     die();
                 }
-                let written = desk.ledger.commit(&state);
+                let of_node = steps.iter().all(|step| OF_NODE.contains(step));
+                let written = if of_node { desk.ledger.note(&state) } else { desk.ledger.commit(&state) };
                 if written.is_ok() && desk.fail_point.after(&steps) {
                     die();
                 }
@@ -53,6 +54,21 @@ impl DeskHandle {
         }
     }
 }
+
+impl DeskHandle {
+    /// Make durable what was written so far.
+    pub fn settle(&self) -> Written {
+        match self {
+            DeskHandle::Thread(worker) => Box::pin(worker.call(|desk| desk.ledger.settle())),
+            DeskHandle::InPlace(..) => Box::pin(std::future::ready(Ok(Ok(())))),
+        }
+    }
+}
+
+/// Steps about sandboxes, links and namespaces, of which a power cut leaves
+/// nothing: what undoes them undoes what they say as well. An address that such
+/// a step gave away is idle again, as its pod is gone.
+const OF_NODE: [&str; 5] = ["lease", "confirm", "unwire", "release", "settle"];
 
 /// As a power cut would: no destructor runs, nothing is flushed.
 pub fn die() -> ! {

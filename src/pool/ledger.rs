@@ -1,9 +1,12 @@
 //! The ledger: the pool's state on disk.
 //!
 //! Owner: the `ledger` worker thread, which alone touches the [`Store`]. Every
-//! commit is one batch, flushed before anyone is told. Keys are readable
-//! (`address/10.0.1.7`), values are `v1:` and JSON. The tree `meta` says which
-//! schema this is and whose ledger: another instance's is refused.
+//! turn is one batch, written before anyone is told: flushed to the disk when it
+//! says something of the cloud, which a power cut does not undo; noted in the
+//! `tail`, out of reach of whatever kills the process, when it is about the
+//! node's own kernel alone (`docs/decisions/0007-the-ledgers-tail.md`). Keys are
+//! readable (`address/10.0.1.7`), values are `v1:` and JSON. The tree `meta` says
+//! which schema this is and whose ledger: another instance's is refused.
 //!
 //! sled is a journal that can be rebuilt: a damaged one is moved aside
 //! (`ledger.corrupt-<time>`) and the pool recovers from cloud, kernel and
@@ -12,6 +15,7 @@
 
 mod records;
 mod sled_store;
+mod tail;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -32,6 +36,15 @@ pub trait Store: Send {
     fn load(&mut self) -> Result<BTreeMap<String, Vec<u8>>, LedgerError>;
     /// All of it or nothing, durable when it returns.
     fn commit(&mut self, batch: &[Write]) -> Result<(), LedgerError>;
+    /// All of it or nothing; the end of the process does not undo it, that of the
+    /// machine may, until the next `commit` or `settle`.
+    fn note(&mut self, batch: &[Write]) -> Result<(), LedgerError> {
+        self.commit(batch)
+    }
+    /// Make durable what was noted.
+    fn settle(&mut self) -> Result<(), LedgerError> {
+        Ok(())
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -88,6 +101,24 @@ impl Ledger {
 
     /// Make `state` durable. Writes what differs from what is on disk.
     pub fn commit(&mut self, state: &State) -> Result<(), LedgerError> {
+        self.write(state, |store, batch| store.commit(batch))
+    }
+
+    /// Write `state` so that it outlives the process.
+    pub fn note(&mut self, state: &State) -> Result<(), LedgerError> {
+        self.write(state, |store, batch| store.note(batch))
+    }
+
+    /// Make durable what was noted. When that fails the next write says it again.
+    pub fn settle(&mut self) -> Result<(), LedgerError> {
+        self.store.settle()
+    }
+
+    fn write(
+        &mut self,
+        state: &State,
+        write: impl FnOnce(&mut dyn Store, &[Write]) -> Result<(), LedgerError>,
+    ) -> Result<(), LedgerError> {
         let mut batch = diff(self.written.as_ref(), state)?;
         if !self.doubtful.is_empty() {
             // Rare: say everything again, and that nothing else is there.
@@ -99,7 +130,8 @@ impl Ledger {
         if batch.is_empty() {
             return Ok(());
         }
-        match self.store.commit(&batch) {
+        let done = if self.doubtful.is_empty() { write(&mut *self.store, &batch) } else { self.store.commit(&batch) };
+        match done {
             Ok(()) => {
                 self.written = Some(state.clone());
                 self.doubtful.clear();

@@ -85,6 +85,7 @@ impl Pool {
             waker: None,
             expiry: None,
             publishing: false,
+            settling: false,
             steps: BTreeMap::new(),
             running: BTreeMap::new(),
             touched: BTreeMap::new(),

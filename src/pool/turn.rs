@@ -16,6 +16,9 @@ use crate::model::AttachmentId;
 
 /// Answer this long before the deadline, so that the caller hears the reason.
 const MARGIN: Duration = Duration::from_millis(500);
+/// What was written without a flush is flushed within this time. Whoever comes
+/// meanwhile waits for the disk.
+const SETTLE_WITHIN: Duration = Duration::from_secs(5);
 /// A ledger that could not be written is tried again this soon.
 const LEDGER_RETRY: Duration = Duration::from_secs(1);
 
@@ -211,12 +214,28 @@ impl Pool {
             *self.steps.entry(name).or_default() += 1;
         }
         let written = self.desk.commit(state, names);
+        self.settle_soon(ctx);
         ctx.spawn(written, move |pool, written, ctx| {
             pool.committing = false;
             match written {
                 Ok(written) => pool.finished(turn, written.map_err(|e| e.to_string()), ctx),
                 Err(gone) => ctx.fail(format!("the ledger's thread: {gone}")),
             }
+        });
+    }
+
+    fn settle_soon(&mut self, ctx: &mut Ctx<'_, Self>) {
+        if std::mem::replace(&mut self.settling, true) {
+            return;
+        }
+        ctx.after(SETTLE_WITHIN, |pool, ctx| {
+            pool.settling = false;
+            let settled = pool.desk.settle();
+            ctx.spawn(settled, |_, settled, ctx| match settled {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "The ledger cannot be flushed; its next write will be"),
+                Err(gone) => ctx.fail(format!("the ledger's thread: {gone}")),
+            });
         });
     }
 

@@ -1,11 +1,13 @@
 //! The [`Store`] on disk: sled 0.34, by the rules that make it safe as a journal
 //! with one owner. Batch and flush before the reply; the first iteration error
-//! ends the reading; the cache is bounded; no `generate_id`.
+//! ends the reading; the cache is bounded; no `generate_id`. Beside it the tail,
+//! for what need not be flushed at once.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use super::tail::{self, Tail};
 use super::{Ledger, LedgerError, LedgerReport, Store, Write};
 use crate::model::InstanceId;
 use crate::pool::state::State;
@@ -14,12 +16,22 @@ const SCHEMA: u32 = 1;
 const CACHE_BYTES: u64 = 8 << 20;
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const META_TREE: &str = "meta";
+/// The number of the tail that goes with this database; changed in the same
+/// batch that takes a tail in.
+const TAIL_KEY: &str = "tail";
+/// A tail this long is taken in.
+const TAIL_BYTES: u64 = 512 << 10;
 
 pub struct SledStore {
     folder: PathBuf,
     instance: InstanceId,
     /// `None` after a failed write: to be opened anew.
     db: Option<sled::Db>,
+    /// `None` until `load`, and after a failed write: then all goes to `db`.
+    tail: Option<Tail>,
+    tail_number: u64,
+    /// What the tail says and the database does not.
+    noted: BTreeMap<String, Option<Vec<u8>>>,
 }
 
 impl SledStore {
@@ -62,7 +74,8 @@ impl SledStore {
     }
 
     pub fn open(folder: &Path, instance: &InstanceId) -> Result<Self, LedgerError> {
-        let mut store = Self { folder: folder.to_owned(), instance: instance.clone(), db: None };
+        let (folder, instance) = (folder.to_owned(), instance.clone());
+        let mut store = Self { folder, instance, db: None, tail: None, tail_number: 0, noted: BTreeMap::new() };
         store.db()?;
         Ok(store)
     }
@@ -128,13 +141,29 @@ impl Store for SledStore {
             let key = std::str::from_utf8(&key).map_err(|_| LedgerError::Corrupt("a key is not text".to_owned()))?;
             records.insert(key.to_owned(), value.to_vec());
         }
+        if let Some(number) = records.remove(TAIL_KEY) {
+            let number = std::str::from_utf8(&number).ok().and_then(|n| n.parse().ok());
+            self.tail_number =
+                number.ok_or_else(|| LedgerError::Corrupt("which tail is its is unreadable".to_owned()))?;
+        }
+        let (tail, writes) = Tail::open(&self.folder, self.tail_number).map_err(tail_failed)?;
+        for (key, value) in writes {
+            match &value {
+                Some(value) => records.insert(key.clone(), value.clone()),
+                None => records.remove(&key),
+            };
+            self.noted.insert(key, value);
+        }
+        self.tail = Some(tail);
+        self.settle()?;
         Ok(records)
     }
 
     fn commit(&mut self, writes: &[Write]) -> Result<(), LedgerError> {
-        let done = self.write(writes);
+        let done = self.take_in(writes);
         if done.is_err() {
-            self.db = None;
+            // How far it came is not known: the next write says all of it again.
+            (self.db, self.tail) = (None, None);
         }
         if matches!(done, Err(LedgerError::Corrupt(_))) {
             // A write that found the disk full can leave the files unreadable.
@@ -145,20 +174,59 @@ impl Store for SledStore {
         }
         done
     }
+
+    fn note(&mut self, writes: &[Write]) -> Result<(), LedgerError> {
+        let Some(tail) = self.tail.as_mut().filter(|tail| tail.len() < TAIL_BYTES) else {
+            return self.commit(writes);
+        };
+        if let Err(e) = tail.append(writes) {
+            self.tail = None;
+            return Err(tail_failed(e));
+        }
+        self.noted.extend(writes.iter().cloned());
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<(), LedgerError> {
+        if self.noted.is_empty() { Ok(()) } else { self.commit(&[]) }
+    }
 }
 
 impl SledStore {
-    fn write(&mut self, writes: &[Write]) -> Result<(), LedgerError> {
+    /// Into the database, with what was noted before.
+    fn take_in(&mut self, writes: &[Write]) -> Result<(), LedgerError> {
+        // A new number even when the last attempt may have failed.
+        let turn_over = !self.noted.is_empty() || self.tail.is_none();
+        self.tail_number += u64::from(turn_over);
+        let mut all: BTreeMap<&str, Option<&[u8]>> =
+            self.noted.iter().map(|(key, value)| (&**key, value.as_deref())).collect();
+        all.extend(writes.iter().map(|(key, value)| (&**key, value.as_deref())));
+        let number = self.tail_number.to_string();
+        if turn_over {
+            all.insert(TAIL_KEY, Some(number.as_bytes()));
+        }
         let mut batch = sled::Batch::default();
-        for (key, value) in writes {
+        for (key, value) in all {
             match value {
-                Some(value) => batch.insert(key.as_bytes(), value.as_slice()),
+                Some(value) => batch.insert(key.as_bytes(), value),
                 None => batch.remove(key.as_bytes()),
             }
         }
         let db = self.db()?;
-        db.apply_batch(batch).and_then(|()| db.flush().map(drop)).map_err(failed)
+        db.apply_batch(batch).and_then(|()| db.flush().map(drop)).map_err(failed)?;
+        self.noted.clear();
+        match self.tail.as_mut() {
+            Some(tail) if turn_over => tail.restart(self.tail_number),
+            Some(_) => {}
+            // Without a tail everything is committed, which is slower and as good.
+            None => self.tail = Tail::open(&self.folder, self.tail_number).ok().map(|(tail, _)| tail),
+        }
+        Ok(())
     }
+}
+
+fn tail_failed(error: std::io::Error) -> LedgerError {
+    LedgerError::Io(format!("{}: {error}", tail::FILE))
 }
 
 fn failed(error: sled::Error) -> LedgerError {
