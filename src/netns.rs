@@ -24,12 +24,12 @@ mod exclusive;
 mod message;
 mod monitor;
 pub mod names;
-mod nl;
+pub(crate) mod nl;
 pub mod objects;
 pub mod plan;
 mod programs;
-mod queues;
-mod read;
+pub(crate) mod queues;
+pub(crate) mod read;
 mod site;
 mod unlink;
 mod veth;
@@ -43,7 +43,7 @@ use crate::actor::Message;
 use crate::model::{AttachmentId, EniId, EniRef, Lease, Mac};
 
 pub use config::{BadConfig, Config};
-pub use programs::{Attachment, NoPrograms, PodPrograms};
+pub use programs::{Attachment, NoPrograms, Placed, PodPrograms};
 pub use wirer::{NetnsWirer, Wiring};
 
 /// Make the namespace match the lease. Done again it changes nothing.

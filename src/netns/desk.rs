@@ -16,7 +16,7 @@ use super::names::{self, link_names};
 use super::nl::{GONE, Nl, NlError};
 use super::objects::{Dev, Key, LinkKind, State, Value, word};
 use super::plan::{self, Facts, Op};
-use super::programs::{Attachment, PodPrograms};
+use super::programs::{Attachment, Placed, PodPrograms};
 use super::read::{self, Device};
 use super::site::{PodSide, Site};
 use super::{Config, Finding, WireError, Wired};
@@ -173,7 +173,7 @@ impl Desk {
                 Ok(mut ops) => {
                     // Another attachment has the address by now: its rules stay.
                     ops.retain(|op| !matches!(op, Op::Delete(Key::Rule(_, s), _) if taken.contains(&s.address())));
-                    if let Err(errors) = site.apply(&ops, &mut |_| Ok(())) {
+                    if let Err(errors) = site.apply(&ops, &mut |_| Ok(Placed::Yes)) {
                         causes.extend(errors.iter().map(ToString::to_string));
                     }
                 }

@@ -134,7 +134,7 @@ fn a_half_made_exclusive_pod_is_finished() {
             ("route", format!("ip -n {node} route del {v4}")),
             ("neighbour", format!("ip -n {ns} neigh del 169.254.1.1 dev {host}")),
             ("qdisc", format!("tc -n {ns} qdisc del dev eth0 root")),
-            ("qdisc", format!("tc -n {ns} qdisc del dev eth0 ingress")),
+            ("qdisc", format!("tc -n {ns} qdisc del dev eth0 clsact")),
             ("sysctl", format!("ip netns exec {ns} sysctl -qw net.ipv6.conf.eth0.accept_ra=1")),
         ];
         for (what, damage) in damages {

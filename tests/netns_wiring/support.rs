@@ -434,6 +434,28 @@ impl Wirer {
     }
 }
 
+/// A BPF file system of one test.
+pub struct Bpffs(pub tempfile::TempDir);
+
+impl Bpffs {
+    /// `None`, and counted as skipped, on a kernel without.
+    pub fn mount(test: &str) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let none: Option<&str> = None;
+        let done = nix::mount::mount(Some("bpf"), dir.path(), Some("bpf"), nix::mount::MsFlags::empty(), none);
+        if done.is_err() {
+            skip(test, "the bpf file system");
+        }
+        done.is_ok().then_some(Self(dir))
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
 /// A sysfs that shows the calling thread's network namespace.
 pub struct Sysfs(pub PathBuf, #[allow(dead_code)] tempfile::TempDir);
 
