@@ -153,6 +153,14 @@ fn sort(mut datagram: &[u8], first: u32, waiting: &mut [Waiting]) {
     }
 }
 
+/// What a datagram of answers holds, for the first few requests of a socket.
+pub(crate) fn messages(datagram: &[u8]) -> Vec<RouteNetlinkMessage> {
+    let open = || Waiting { what: String::new(), fine: &[], got: Vec::new(), result: None };
+    let mut waiting: Vec<Waiting> = (0..4).map(|_| open()).collect();
+    sort(datagram, 0, &mut waiting);
+    waiting.into_iter().flat_map(|w| w.got).collect()
+}
+
 impl Waiting {
     fn finish(&mut self, code: i32, rest: &[u8]) {
         if self.result.is_some() {
