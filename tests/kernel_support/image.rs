@@ -7,11 +7,12 @@ use std::process::Command;
 use super::cpio::Archive;
 use super::kernel::Kernel;
 
-/// The first process of the guest. Says on the console what begins and how it
-/// ended, and ends the machine after the last. `@` marks what is ours; the time
-/// is the machine's since it was started.
+/// The first process of the guest. Works through as many lists as it has
+/// processors, says on the console what begins and how it ended, and ends the
+/// machine after the last. `@` marks what is ours; the time is the machine's
+/// since it was started.
 const INIT: &str = r#"#!/bin/busybox sh
-export PATH=/bin HOME=/tmp TMPDIR=/tmp
+export PATH=/bin HOME=/tmp TMPDIR=/tmp FAIRWAY_EMULATED=1
 busybox mount -t devtmpfs none /dev
 busybox mount -t proc none /proc
 busybox mount -t sysfs none /sys
@@ -19,39 +20,55 @@ busybox mount -t tmpfs none /tmp
 busybox mount -t tmpfs none /run
 busybox mount -t bpf none /sys/fs/bpf
 busybox mount -t cgroup2 none /sys/fs/cgroup
-busybox mkdir -p /run/netns
+busybox mkdir /run/netns
 uptime() { read -r up rest < /proc/uptime; echo "$up"; }
 while read -r module; do busybox insmod "/modules/$module" || echo "@module $module"; done < /modules/list
-ip link set lo up
-export FAIRWAY_SKIPPED=/tmp/skipped
+/bin/ip link set lo up
+# One of the lists speaks at a time: who has read the line has the turn.
+busybox mkfifo /tmp/turn
+exec 9<> /tmp/turn
+echo >&9
+work() {
+    export FAIRWAY_SKIPPED=/tmp/skipped.$1
+    while read -r limit binary name; do
+        echo "@begin $1 $(uptime) $binary::$name"
+        : > "$FAIRWAY_SKIPPED"
+        busybox timeout -s KILL "$limit" "/tests/$binary" "$name" --exact --nocapture --test-threads=1 \
+            < /dev/null > "/tmp/said.$1" 2>&1 9>&-
+        status=$?
+        read -r turn <&9
+        echo "@said $1"
+        [ $status = 0 ] || busybox cat "/tmp/said.$1"
+        echo
+        busybox sed "s/^/@/" "$FAIRWAY_SKIPPED"
+        echo "@end $1 $(uptime) $status"
+        echo >&9
+    done < "/tests/list.$1"
+}
 echo "@booted $(uptime)"
-while read -r limit binary name; do
-    echo "@begin $binary $name"
-    : > $FAIRWAY_SKIPPED
-    busybox timeout -s KILL "$limit" "/tests/$binary" "$name" --exact --nocapture --test-threads=1 \
-        < /dev/null > /tmp/said 2>&1
-    status=$?
-    [ $status = 0 ] || busybox cat /tmp/said
-    busybox sed 's/^/@/' $FAIRWAY_SKIPPED
-    echo "@end $status $(uptime)"
-done < /tests/list
+work 0 &
+work 1
+wait
 echo @done
 busybox poweroff -f
 "#;
 
 pub struct Image {
     archive: Archive,
-    list: String,
+    /// One for each of the guest's processors.
+    lists: [String; 2],
+    next: usize,
 }
 
 impl Image {
     pub fn new(kernel: &Kernel, modules: &[&str]) -> Result<Self, String> {
-        let mut image = Self { archive: Archive::default(), list: String::new() };
-        for folder in ["/proc", "/sys", "/dev", "/tmp", "/run", "/var"] {
+        let mut image = Self { archive: Archive::default(), lists: Default::default(), next: 0 };
+        for folder in ["/proc", "/sys", "/dev", "/tmp", "/run"] {
             image.archive.folder(folder);
         }
+        image.archive.symlink("/var/run", "/run");
         image.archive.device("/dev/console", (5, 1));
-        image.archive.folder("/var/run/netns");
+        image.archive.file("/etc/passwd", b"root:x:0:0:root:/:/bin/sh\n");
         image.archive.file("/init", INIT.as_bytes());
         let mut list = String::new();
         for (name, content) in kernel.with_dependencies(modules) {
@@ -77,7 +94,8 @@ impl Image {
     pub fn tests(&mut self, binary: &Path, suite: &str, names: &[String], limit: u64) {
         self.executable(binary, &format!("/tests/{suite}"));
         for name in names {
-            self.list += &format!("{limit} {suite} {name}\n");
+            self.lists[self.next] += &format!("{limit} {suite} {name}\n");
+            self.next = (self.next + 1) % self.lists.len();
         }
     }
 
@@ -95,7 +113,9 @@ impl Image {
     }
 
     pub fn finish(mut self) -> Vec<u8> {
-        self.archive.file("/tests/list", self.list.as_bytes());
+        for (n, list) in self.lists.iter().enumerate() {
+            self.archive.file(&format!("/tests/list.{n}"), list.as_bytes());
+        }
         self.archive.finish()
     }
 }

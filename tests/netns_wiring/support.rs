@@ -68,6 +68,12 @@ pub fn cannot_shape(test: &str, lab: &Lab) -> bool {
     true
 }
 
+/// Least throughput for a limit to be kept rather than choked, in bits per second.
+/// A machine that is emulated does not reach every limit.
+pub fn at_least(bps: f64) -> f64 {
+    if std::env::var_os("FAIRWAY_EMULATED").is_some() { bps / 4.0 } else { bps }
+}
+
 pub fn ip(args: &str) -> String {
     let out = Command::new("ip").args(args.split_whitespace()).output().unwrap();
     assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
