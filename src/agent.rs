@@ -74,7 +74,7 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
 
     // The kernel.
     let programs = match &config.bpffs {
-        Some(bpffs) => Some(open_datapath(bpffs)?),
+        Some(bpffs) => Some(open_datapath(bpffs, config.fast_path)?),
         None => None,
     };
     let hooks: Arc<dyn PodPrograms> = match &programs {
@@ -158,7 +158,7 @@ impl Stop {
     }
 }
 
-fn open_datapath(bpffs: &std::path::Path) -> Result<Arc<Programs>, AgentError> {
+fn open_datapath(bpffs: &std::path::Path, fast_path: bool) -> Result<Arc<Programs>, AgentError> {
     let (datapath, adoption) = Datapath::open(bpffs)?;
     tracing::info!(
         adopted = adoption.adopted.len(),
@@ -166,7 +166,7 @@ fn open_datapath(bpffs: &std::path::Path) -> Result<Arc<Programs>, AgentError> {
         rotated = ?adoption.rotated,
         "eBPF programs loaded"
     );
-    Ok(Arc::new(Programs::new(datapath)))
+    Ok(Arc::new(Programs::new(datapath, fast_path)))
 }
 
 fn cloud_ports(cloud: &Handle<CloudApi>) -> pool::CloudPorts {

@@ -16,6 +16,9 @@ mod entry;
 mod hook;
 pub(crate) mod pins;
 mod programs;
+pub mod services;
+mod sockets;
+mod ways;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -33,8 +36,11 @@ pub use self::hook::Device;
 use self::hook::{Direction, Place, chain, has_tcx};
 use self::pins::{PinName, Pins, pin_of};
 use self::programs::{CounterMap, Loader, Programs};
+pub use self::sockets::cgroup_root;
+pub use self::ways::Way;
+use self::ways::Ways;
 use crate::model::{AttachMode, AttachmentId};
-use crate::sys::bpf;
+use crate::sys::bpf::{self, TcxChain};
 
 /// The node's eBPF programs and maps.
 pub struct Datapath {
@@ -42,6 +48,7 @@ pub struct Datapath {
     /// Serve every device in the node's namespace.
     shared: Programs,
     counters: CounterMap,
+    ways: Ways,
     known: BTreeMap<AttachmentId, Entry>,
     /// Adopted, and still running what an earlier process loaded: a clsact device
     /// inside a pod is out of reach until the next `attach`.
@@ -85,6 +92,8 @@ pub struct Attached {
     pub ifindex: Option<u32>,
     /// Kernel ids of the egress and ingress programs.
     pub programs: [u32; 2],
+    /// Its packets may pass by the node's stack.
+    pub short: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -105,6 +114,12 @@ pub enum DatapathError {
     Full,
     #[error("counters: {0}")]
     Counters(MapError),
+    #[error("addresses of pods: {0}")]
+    Ways(MapError),
+    #[error("Services at the socket: {}{cause}", path.as_ref().map(|p| format!("{}: ", p.display())).unwrap_or_default())]
+    Cgroup { path: Option<PathBuf>, cause: String },
+    #[error("cannot attach to ENI device {ifindex}: {cause}")]
+    Eni { ifindex: u32, cause: io::Error },
 }
 
 /// Which kernel interface to use where. A kernel without tcx uses clsact for all.
@@ -138,9 +153,10 @@ impl Datapath {
         let mut shared = loader.load(0)?;
         programs::check_loaded_maps(&pins)?;
         let counters = shared.take_counters()?;
+        let ways = Ways::open(&mut shared)?;
         let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact } };
-        let mut datapath =
-            Self { pins, shared, counters, known: BTreeMap::new(), dated: BTreeSet::new(), loader, options };
+        let (known, dated) = (BTreeMap::new(), BTreeSet::new());
+        let mut datapath = Self { pins, shared, counters, ways, known, dated, loader, options };
         let mut adoption = Adoption { rotated, ..Default::default() };
         for dir in datapath.pins.pods().map_err(at)? {
             match datapath.adopt(&dir) {
@@ -154,7 +170,7 @@ impl Datapath {
         for version in datapath.pins.other_versions().map_err(at)? {
             pins::remove(&version).map_err(at)?;
         }
-        datapath.drop_orphan_counters()?;
+        datapath.drop_orphans()?;
         Ok((datapath, adoption))
     }
 
@@ -214,6 +230,7 @@ impl Datapath {
     /// nothing to take off. A clsact filter inside a pod goes with its device.
     pub fn detach(&mut self, attachment: &AttachmentId) -> Result<(), DatapathError> {
         let Some(entry) = self.known.get(attachment) else { return Ok(()) };
+        self.ways.forget(entry.endpoint)?;
         entry.discard().map_err(|cause| DatapathError::Pins { path: entry.dir.clone(), cause })?;
         let _ = self.counters.remove(&entry.endpoint);
         self.known.remove(attachment);
@@ -225,6 +242,57 @@ impl Datapath {
     /// its device swaps this build's in. Empty where tcx links are inside pods.
     pub fn dated(&self) -> impl Iterator<Item = &AttachmentId> {
         self.dated.iter()
+    }
+
+    /// Tells the programs who the pod is. They are attached already.
+    pub fn lead(&mut self, attachment: &AttachmentId, way: &Way) -> Result<(), DatapathError> {
+        match self.known.get(attachment) {
+            Some(entry) => self.ways.set(entry.endpoint, way),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes the node's own addresses these: what is sent to them goes through
+    /// the node's stack.
+    pub fn set_node_addresses(&mut self, addresses: &[std::net::IpAddr]) -> Result<(), DatapathError> {
+        self.ways.set_node(addresses)
+    }
+
+    /// Resolves Services where processes connect: programs on the root of the
+    /// cgroup tree ([`cgroup_root`]).
+    pub fn attach_sockets(&mut self, root: &Path) -> Result<(), DatapathError> {
+        let own = std::net::UdpSocket::bind("127.0.0.1:0").and_then(|s| crate::sys::netns::cookie_of(s.as_fd()));
+        if let Ok(Some(cookie)) = own {
+            self.ways.set_node_namespace(cookie)?;
+        }
+        sockets::attach(&self.pins, &mut self.shared, root)
+    }
+
+    /// The other way round. Success when they are not there.
+    pub fn detach_sockets(&mut self) -> Result<(), DatapathError> {
+        sockets::detach(&self.pins)
+    }
+
+    /// The maps behind Services, for their owner.
+    pub fn service_maps(&self) -> Result<services::KernelMaps, DatapathError> {
+        services::KernelMaps::open(&self.pins)
+    }
+
+    /// The programs of the socket path that are in force, read from the kernel.
+    pub fn socket_doors(&self) -> Vec<&'static str> {
+        sockets::attached(&self.pins)
+    }
+
+    /// The program for what arrives on a shared ENI. Done again it puts this
+    /// build's program in. The filter belongs to the device and goes with it.
+    pub fn attach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        let program = self.shared.eni_ingress()?;
+        clsact::attach(program, ifindex, TcxChain::Ingress).map_err(|cause| DatapathError::Eni { ifindex, cause })
+    }
+
+    /// The ENI is no longer shared. Success when there is no such device.
+    pub fn detach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        clsact::detach(ifindex, TcxChain::Ingress).map_err(|cause| DatapathError::Eni { ifindex, cause })
     }
 
     /// Detaches what `live` does not want; what was detached comes back.
@@ -251,7 +319,11 @@ impl Datapath {
 
     /// What is attached, read from the kernel.
     pub fn attached(&self) -> Result<Vec<Attached>, DatapathError> {
-        self.known.iter().map(|(attachment, entry)| entry.describe(attachment)).collect()
+        let described = |(attachment, entry): (&AttachmentId, &Entry)| {
+            let attached = entry.describe(attachment)?;
+            Ok(Attached { short: self.ways.is_short(entry.endpoint), ..attached })
+        };
+        self.known.iter().map(described).collect()
     }
 
     /// What passed each attachment since it was attached.
@@ -407,14 +479,15 @@ impl Datapath {
     }
 
     /// Entries that a crash left behind, between a device's end and ours.
-    fn drop_orphan_counters(&mut self) -> Result<(), DatapathError> {
+    fn drop_orphans(&mut self) -> Result<(), DatapathError> {
         let keys = self.counters.keys().collect::<Result<Vec<_>, _>>().map_err(DatapathError::Counters)?;
         for key in keys {
             if !self.known.values().any(|e| e.endpoint == key) {
                 let _ = self.counters.remove(&key);
             }
         }
-        Ok(())
+        let known = &self.known;
+        self.ways.retain(|endpoint| known.values().any(|e| e.endpoint == endpoint))
     }
 }
 
@@ -423,6 +496,9 @@ fn add(total: &mut Counters, one: &Counters) {
     total.ingress_bytes += one.ingress_bytes;
     total.egress_packets += one.egress_packets;
     total.egress_bytes += one.egress_bytes;
+    total.ingress_short += one.ingress_short;
+    total.egress_short += one.egress_short;
+    total.spoofed += one.spoofed;
 }
 
 /// With the cause's whole chain, and the remedy when it is a matter of rights.

@@ -65,7 +65,7 @@ impl Node {
     }
 
     fn pins(&self) -> PathBuf {
-        self.bpffs.join("fairway/v1")
+        self.bpffs.join("fairway/v2")
     }
 
     fn pod_pins(&self) -> Vec<PathBuf> {
@@ -193,6 +193,7 @@ fn udp(ingress: u64, egress: u64, size: u64) -> Counters {
         ingress_bytes: ingress * (size + UDP_HEADERS),
         egress_packets: egress,
         egress_bytes: egress * (size + UDP_HEADERS),
+        ..Default::default()
     }
 }
 
@@ -529,8 +530,8 @@ fn a_pinned_map_of_another_layout_is_not_adopted() {
 
         let (datapath, adoption) = node.open_with(options);
         assert_eq!(adoption.rotated.len(), 1, "{adoption:?}");
-        assert!(adoption.rotated[0].contains("value size 16 instead of 32"), "{adoption:?}");
-        assert_eq!(MapInfo::from_pin(&pin).unwrap().value_size(), 32);
+        assert!(adoption.rotated[0].contains("value size 16 instead of 56"), "{adoption:?}");
+        assert_eq!(MapInfo::from_pin(&pin).unwrap().value_size() as usize, size_of::<Counters>());
         // The pod goes on, counted in the new map by a program that knows it.
         assert_eq!(adoption.adopted, [attachment("a")]);
         exchange(&pod, 3, 2, 10);
@@ -550,7 +551,7 @@ fn a_pin_that_is_no_map_is_not_adopted() {
         fs::rename(node.pod_pins()[0].join("egress"), &pin).unwrap();
         let (_datapath, adoption) = node.open_with(options);
         assert!(adoption.rotated[0].contains("instead of a map"), "{adoption:?}");
-        assert_eq!(MapInfo::from_pin(&pin).unwrap().value_size(), 32);
+        assert_eq!(MapInfo::from_pin(&pin).unwrap().value_size() as usize, size_of::<Counters>());
     });
 }
 
@@ -631,14 +632,21 @@ fn index(device: &str) -> u32 {
 #[test]
 fn wiring_threads_attach_in_parallel_and_verify_what_they_attached() {
     let Some(node) = Node::new("wiring_threads_attach_in_parallel_and_verify_what_they_attached") else { return };
-    let programs = Programs::new(node.open().0);
+    let programs = Programs::new(node.open().0, true);
     let names: Vec<_> = (0..8).map(|i| format!("h{i}")).collect();
     let pods: Vec<_> = names.iter().map(|name| veth_pod(name)).collect();
     std::thread::scope(|scope| {
         for name in &names {
             scope.spawn(|| {
                 let lease = lease(name, AttachMode::Veth, "/nonexistent");
-                let to = Attachment { lease: &lease, host_ifname: name, host_ifindex: index(name), eni_ifindex: None };
+                let to = Attachment {
+                    lease: &lease,
+                    host_ifname: name,
+                    host_ifindex: index(name),
+                    eni_ifindex: None,
+                    shared_eni: None,
+                    netns_cookie: None,
+                };
                 programs.attach(&to).unwrap();
                 assert!(programs.verify(&to).unwrap().is_empty());
             });
@@ -661,11 +669,18 @@ fn an_exclusive_enis_programs_are_verified_where_it_is() {
     if !datapath.moves_with_device() {
         return skipped(test, "tcx (kernel 6.6)");
     }
-    let programs = Programs::new(datapath);
+    let programs = Programs::new(datapath, true);
     ip("link add eni1 type veth peer name port");
     let pod = Netns::new();
     let lease = lease("x", AttachMode::Exclusive, &pod.path());
-    let host = Attachment { lease: &lease, host_ifname: "h", host_ifindex: 0, eni_ifindex: Some(index("eni1")) };
+    let host = Attachment {
+        lease: &lease,
+        host_ifname: "h",
+        host_ifindex: 0,
+        eni_ifindex: Some(index("eni1")),
+        shared_eni: None,
+        netns_cookie: None,
+    };
     programs.attach(&host).unwrap();
     assert!(programs.verify(&host).unwrap().is_empty());
     ip(&format!("link set eni1 netns {} name eth0", pod.path()));
@@ -680,11 +695,18 @@ fn an_exclusive_enis_programs_are_verified_where_it_is() {
 fn where_a_move_loses_programs_they_are_attached_inside_and_taken_up_again() {
     let test = "where_a_move_loses_programs_they_are_attached_inside_and_taken_up_again";
     let Some(node) = Node::new(test) else { return };
-    let programs = Programs::new(node.open_with(CLSACT).0);
+    let programs = Programs::new(node.open_with(CLSACT).0, true);
     ip("link add eni1 type veth peer name port");
     let (pod, gone) = (Netns::new(), Netns::new());
     let lease = lease("x", AttachMode::Exclusive, &pod.path());
-    let host = Attachment { lease: &lease, host_ifname: "h", host_ifindex: 0, eni_ifindex: Some(index("eni1")) };
+    let host = Attachment {
+        lease: &lease,
+        host_ifname: "h",
+        host_ifindex: 0,
+        eni_ifindex: Some(index("eni1")),
+        shared_eni: None,
+        netns_cookie: None,
+    };
     assert_eq!(programs.attach(&host).unwrap(), Placed::OnceInside);
     assert_eq!(programs_on("eni1"), 0);
     assert_eq!(programs.verify(&host).unwrap().len(), 1, "they are missing, and that is no error");
@@ -698,7 +720,7 @@ fn where_a_move_loses_programs_they_are_attached_inside_and_taken_up_again() {
     programs.attach(&Attachment { lease: &other, ..inside }).unwrap();
     drop((programs, gone));
 
-    let programs = Programs::new(node.open_with(CLSACT).0);
+    let programs = Programs::new(node.open_with(CLSACT).0, true);
     assert_eq!(programs.dated(), 2);
     assert_eq!(programs.verify(&inside).unwrap().len(), 1, "an earlier process's");
     assert_eq!(programs.take_up(std::slice::from_ref(&lease)), [] as [String; 0]);

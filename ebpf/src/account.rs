@@ -7,44 +7,84 @@
 use aya_ebpf::{Global, btf_maps::PerCpuHashMap, macros::btf_map, programs::TcContext};
 use fairway_ebpf_abi::{Counters, Endpoint, MAX_ENDPOINTS};
 
-/// Memory is taken per pod that exists, not for the most there could be.
-const BPF_F_NO_PREALLOC: usize = 1;
+/// Memory is taken per entry that exists, not for the most there could be, and a
+/// removed one is not used again under a reader's hands.
+pub const NO_PREALLOC: usize = 1;
 
 #[btf_map]
-static COUNTERS: PerCpuHashMap<Endpoint, Counters, { MAX_ENDPOINTS as usize }, BPF_F_NO_PREALLOC> =
-    PerCpuHashMap::new();
+static COUNTERS: PerCpuHashMap<Endpoint, Counters, { MAX_ENDPOINTS as usize }, NO_PREALLOC> = PerCpuHashMap::new();
 
 #[unsafe(no_mangle)]
 static ENDPOINT: Global<Endpoint> = Global::new(0);
 
-/// Which way a packet goes, as the pod sees it.
-pub enum Direction {
-    Ingress,
-    Egress,
+/// The number of the device this program is attached to.
+#[inline(always)]
+pub fn endpoint(ctx: &TcContext) -> Endpoint {
+    match ENDPOINT.load() {
+        // SAFETY: the context is the kernel's and valid while the program runs.
+        0 => unsafe { (*ctx.skb.skb).ifindex },
+        own => own,
+    }
+}
+
+/// A packet's size as counters have it.
+#[derive(Clone, Copy)]
+pub struct Size {
+    packets: u64,
+    bytes: u64,
+}
+
+impl Size {
+    #[inline(always)]
+    fn of(ctx: &TcContext) -> Self {
+        // SAFETY: as in `endpoint`.
+        let skb = unsafe { &*ctx.skb.skb };
+        Self { packets: u64::from(skb.gso_segs.max(1)), bytes: u64::from(skb.len) }
+    }
 }
 
 #[inline(always)]
-pub fn count(ctx: &TcContext, direction: Direction) {
-    // SAFETY: the context is the kernel's and valid while the program runs.
-    let skb = unsafe { &*ctx.skb.skb };
-    let endpoint = match ENDPOINT.load() {
-        0 => skb.ifindex,
-        own => own,
-    };
-    let Some(counters) = COUNTERS.get_ptr_mut(&endpoint) else { return };
-    let packets = u64::from(skb.gso_segs.max(1));
-    let bytes = u64::from(skb.len);
+fn counters(of: Endpoint) -> Option<&'static mut Counters> {
     // SAFETY: the entry is this CPU's and stays valid under the program's RCU
     // section even when the user side removes it meanwhile.
-    let counters = unsafe { &mut *counters };
-    match direction {
-        Direction::Ingress => {
-            counters.ingress_packets += packets;
-            counters.ingress_bytes += bytes;
-        }
-        Direction::Egress => {
-            counters.egress_packets += packets;
-            counters.egress_bytes += bytes;
-        }
+    COUNTERS.get_ptr_mut(&of).map(|counters| unsafe { &mut *counters })
+}
+
+/// Left the pod; `short` when past the node's stack.
+#[inline(always)]
+pub fn egress(ctx: &TcContext, of: Endpoint, short: bool) {
+    let Some(counters) = counters(of) else { return };
+    let size = Size::of(ctx);
+    counters.egress_packets += size.packets;
+    counters.egress_bytes += size.bytes;
+    if short {
+        counters.egress_short += size.packets;
+    }
+}
+
+/// Enters the pod by the node's stack.
+#[inline(always)]
+pub fn ingress(ctx: &TcContext, of: Endpoint) {
+    let Some(counters) = counters(of) else { return };
+    let size = Size::of(ctx);
+    counters.ingress_packets += size.packets;
+    counters.ingress_bytes += size.bytes;
+}
+
+/// Enters the pod past the node's stack.
+#[inline(always)]
+pub fn short_ingress(ctx: &TcContext, of: Endpoint) {
+    let Some(counters) = counters(of) else { return };
+    let size = Size::of(ctx);
+    counters.ingress_packets += size.packets;
+    counters.ingress_bytes += size.bytes;
+    counters.ingress_short += size.packets;
+}
+
+/// Was dropped: not from the pod's address.
+#[inline(always)]
+pub fn spoofed(ctx: &TcContext, of: Endpoint) {
+    if let Some(counters) = counters(of) {
+        counters.spoofed += Size::of(ctx).packets;
     }
 }

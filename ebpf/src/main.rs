@@ -1,15 +1,23 @@
 //! Fairway's programs on the packet path, one door each.
 //!
 //! `pod_egress` sees packets that leave a pod, `pod_ingress` packets that enter
-//! it. Where they are attached is the loader's business (`src/datapath.rs`).
-//! Both let every packet pass on to what follows them in the chain.
+//! it by the stack, `eni_ingress` what enters the node on a shared ENI. Where
+//! they are attached is the loader's business (`src/datapath.rs`). What they have
+//! no opinion about passes on to what follows them in the chain.
 #![no_std]
 #![no_main]
 
 mod account;
+mod packet;
+mod service;
+mod short;
+mod socket;
 
-use account::Direction;
-use aya_ebpf::{bindings::TC_ACT_UNSPEC, macros::classifier, programs::TcContext};
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+
+use packet::Packet;
 
 /// Under tcx this is "next program", under clsact "next filter": others may
 /// follow on the same device.
@@ -17,14 +25,35 @@ const NEXT: i32 = TC_ACT_UNSPEC;
 
 #[classifier]
 pub fn pod_egress(ctx: TcContext) -> i32 {
-    account::count(&ctx, Direction::Egress);
+    let endpoint = account::endpoint(&ctx);
+    if let Some(link) = short::link(endpoint)
+        && let Some(packet) = Packet::parse(&ctx)
+    {
+        if !short::is_own(link, &packet) {
+            account::spoofed(&ctx, endpoint);
+            return TC_ACT_SHOT;
+        }
+        if let Some(verdict) = short::leave(&ctx, link, &packet) {
+            account::egress(&ctx, endpoint, true);
+            return verdict;
+        }
+    }
+    account::egress(&ctx, endpoint, false);
     NEXT
 }
 
 #[classifier]
 pub fn pod_ingress(ctx: TcContext) -> i32 {
-    account::count(&ctx, Direction::Ingress);
+    account::ingress(&ctx, account::endpoint(&ctx));
     NEXT
+}
+
+#[classifier]
+pub fn eni_ingress(ctx: TcContext) -> i32 {
+    match Packet::parse(&ctx) {
+        Some(packet) => short::arrive(&ctx, &packet),
+        None => NEXT,
+    }
 }
 
 #[panic_handler]

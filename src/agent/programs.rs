@@ -4,22 +4,41 @@
 //! system calls, and the pins are the memory.
 
 use std::fs::File;
+use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use crate::datapath::{Datapath, DatapathError, Device};
+use crate::datapath::{Datapath, DatapathError, Device, Way};
 use crate::model::{AttachMode, AttachmentId, Lease};
 use crate::netns::{Attachment, Placed, PodPrograms};
+use crate::sys::netns::Netns;
 
 pub struct Programs {
     datapath: Mutex<Datapath>,
+    /// Pods' packets may pass by the node's stack.
+    fast_path: bool,
 }
 
 impl Programs {
-    pub fn new(datapath: Datapath) -> Self {
-        Self { datapath: Mutex::new(datapath) }
+    pub fn new(datapath: Datapath, fast_path: bool) -> Self {
+        Self { datapath: Mutex::new(datapath), fast_path }
+    }
+
+    fn way(&self, of: &Attachment<'_>) -> Way {
+        let (lease, subnet) = (of.lease, &of.lease.eni.subnet);
+        Way {
+            v4: lease.v4,
+            v6: lease.v6,
+            gateway4: subnet.gateway4,
+            gateway6: subnet.gateway6,
+            eni: of.shared_eni,
+            cookie: of.netns_cookie,
+            per_packet: false,
+            short: self.fast_path && of.shared_eni.is_some(),
+            limited: lease.bandwidth.ingress_bps.is_some(),
+        }
     }
 
     /// What is attached and what has passed, for `/debug/endpoints`.
@@ -44,6 +63,10 @@ impl Programs {
                     "egress_bytes": c.egress_bytes,
                     "ingress_packets": c.ingress_packets,
                     "ingress_bytes": c.ingress_bytes,
+                    "short": a.short,
+                    "egress_short": c.egress_short,
+                    "ingress_short": c.ingress_short,
+                    "spoofed": c.spoofed,
                 })
             })
             .collect()
@@ -59,13 +82,19 @@ impl Programs {
     pub fn take_up(&self, leases: &[Lease]) -> Vec<String> {
         let dated: Vec<AttachmentId> = self.datapath.lock().dated().cloned().collect();
         let one = |attachment: &AttachmentId| match leases.iter().find(|l| l.attachment == *attachment) {
-            Some(lease) => {
-                let inside = Attachment { lease, host_ifname: "", host_ifindex: 0, eni_ifindex: None };
-                self.attach(&inside).map(drop).map_err(|e| format!("{attachment}: {e}"))
-            }
+            Some(lease) => self.take_one_up(lease),
             None => self.detach(attachment),
         };
-        dated.iter().filter_map(|attachment| one(attachment).err()).collect()
+        dated.iter().filter_map(|id| one(id).err().map(|e| format!("{id}: {e}"))).collect()
+    }
+
+    fn take_one_up(&self, lease: &Lease) -> Result<(), String> {
+        let home = Netns::current().map_err(|e| e.to_string())?;
+        let pod = Netns::open(&lease.netns).map_err(|e| e.to_string())?;
+        let netns_cookie = pod.cookie(&home).map_err(|e| e.to_string())?;
+        let (host_ifname, host_ifindex) = ("", 0);
+        let inside = Attachment { lease, host_ifname, host_ifindex, eni_ifindex: None, shared_eni: None, netns_cookie };
+        self.attach(&inside).map(drop)
     }
 
     /// Below 6.6 an attachment is lost when the device moves.
@@ -97,7 +126,11 @@ impl PodPrograms for Programs {
         if self.too_early(to) {
             return Ok(Placed::OnceInside);
         }
-        self.on_device(to, |datapath, device| datapath.attach(&to.lease.attachment, to.lease.mode, device))?;
+        let way = self.way(to);
+        self.on_device(to, |datapath, device| {
+            datapath.attach(&to.lease.attachment, to.lease.mode, device)?;
+            datapath.lead(&to.lease.attachment, &way)
+        })?;
         Ok(Placed::Yes)
     }
 
@@ -116,5 +149,17 @@ impl PodPrograms for Programs {
     fn pinned(&self) -> Result<Vec<String>, String> {
         let attached = self.datapath.lock().attached().map_err(|e| e.to_string())?;
         Ok(attached.into_iter().map(|a| a.attachment.to_string()).collect())
+    }
+
+    fn eni_up(&self, ifindex: u32) -> Result<(), String> {
+        self.datapath.lock().attach_eni(ifindex).map_err(|e| e.to_string())
+    }
+
+    fn eni_gone(&self, ifindex: u32) -> Result<(), String> {
+        self.datapath.lock().detach_eni(ifindex).map_err(|e| e.to_string())
+    }
+
+    fn node_addresses(&self, addresses: &[IpAddr]) -> Result<(), String> {
+        self.datapath.lock().set_node_addresses(addresses).map_err(|e| e.to_string())
     }
 }

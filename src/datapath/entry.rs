@@ -51,7 +51,8 @@ impl Entry {
         match found {
             [Some((via, ifindex, egress)), Some((other, same, ingress))] if via == other && ifindex == same => {
                 let mode = self.place.into();
-                Ok(Attached { attachment: attachment.clone(), mode, via, ifindex, programs: [egress, ingress] })
+                let programs = [egress, ingress];
+                Ok(Attached { attachment: attachment.clone(), mode, via, ifindex, programs, short: false })
             }
             _ => Err(wrong(io::Error::other("the pins are not a pair of programs on one device"))),
         }

@@ -4,6 +4,7 @@
 //! <bpffs>/fairway/v<LAYOUT_VERSION>/maps/<MAP>
 //!                                  /pods/<attachment>+<place><endpoint>/egress
 //!                                                                      /ingress
+//!                                  /sockets/<program>
 //! ```
 //!
 //! `egress` and `ingress` are tcx links or, where the kernel has no tcx, the
@@ -131,6 +132,13 @@ impl Pins {
 
     pub(super) fn pod(&self, name: &str) -> PathBuf {
         self.base.join("pods").join(name)
+    }
+
+    /// Where the links on the cgroup tree are; made if it is not there.
+    pub(super) fn sockets(&self) -> io::Result<PathBuf> {
+        let dir = self.base.join("sockets");
+        fs::create_dir_all(&dir)?;
+        Ok(dir)
     }
 
     /// The pod directories of every layout version, ours first: a directory of

@@ -6,13 +6,18 @@
 //! object's own maps with the same table after loading.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use aya::maps::{MapInfo, MapType, PerCpuHashMap};
-use aya::programs::{ProgramError, SchedClassifier};
+use aya::maps::{Map, MapInfo, MapType, PerCpuHashMap};
+use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
-use fairway_ebpf_abi::{COUNTERS, Counters, ENDPOINT, Endpoint, IN_POD, MAX_ENDPOINTS, POD_EGRESS, POD_INGRESS};
+use fairway_ebpf_abi::{
+    AFFINITIES, Addr, Affinity, AffinityKey, BACKENDS, Backend, COUNTERS, Counters, ENDPOINT, ENI_INGRESS, Endpoint,
+    FRONTENDS, Frontend, FrontendKey, IN_POD, LINKS, Link, MAX_AFFINITIES, MAX_BACKENDS, MAX_ENDPOINTS, MAX_FRONTENDS,
+    MAX_NAMESPACES, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, NAMESPACES, NODE, ORIGINALS,
+    Original, POD_EGRESS, POD_INGRESS, PODS, Pod, SLOTS, SOCKETS, SOURCE_RANGES, SlotKey, SocketKey, TrieKey,
+};
 
 use super::hook::Direction;
 use super::pins::Pins;
@@ -34,16 +39,43 @@ struct MapSpec {
 }
 
 /// Every pinned map.
-const MAPS: [MapSpec; 1] = [MapSpec {
-    name: COUNTERS,
-    map_type: MapType::PerCpuHash,
-    key_size: size_of::<Endpoint>(),
-    value_size: size_of::<Counters>(),
-    max_entries: MAX_ENDPOINTS,
-    flags: BPF_F_NO_PREALLOC,
-}];
+const MAPS: [MapSpec; 12] = [
+    hash::<Endpoint, Counters>(COUNTERS, MAX_ENDPOINTS).of_type(MapType::PerCpuHash),
+    hash::<Endpoint, Link>(LINKS, MAX_ENDPOINTS),
+    hash::<Addr, Pod>(PODS, MAX_POD_ADDRESSES),
+    hash::<Addr, u32>(NODE, MAX_NODE_ADDRESSES),
+    hash::<FrontendKey, Frontend>(FRONTENDS, MAX_FRONTENDS),
+    hash::<SlotKey, Backend>(SLOTS, MAX_BACKENDS),
+    hash::<u32, Backend>(BACKENDS, MAX_BACKENDS),
+    hash::<TrieKey, u32>(SOURCE_RANGES, MAX_SOURCE_RANGES).of_type(MapType::LpmTrie),
+    lru::<AffinityKey, Affinity>(AFFINITIES, MAX_AFFINITIES),
+    hash::<u64, u32>(NAMESPACES, MAX_NAMESPACES),
+    lru::<SocketKey, Original>(SOCKETS, MAX_SOCKETS),
+    MapSpec { max_entries: 0, ..hash::<i32, Original>(ORIGINALS, 0).of_type(MapType::SkStorage) },
+];
+
+/// A hash that is full forgets its oldest.
+const fn lru<K, V>(name: &'static str, max_entries: u32) -> MapSpec {
+    MapSpec { flags: 0, ..hash::<K, V>(name, max_entries).of_type(MapType::LruHash) }
+}
+
+/// A hash that takes memory per entry.
+const fn hash<K, V>(name: &'static str, max_entries: u32) -> MapSpec {
+    MapSpec {
+        name,
+        map_type: MapType::Hash,
+        key_size: size_of::<K>(),
+        value_size: size_of::<V>(),
+        max_entries,
+        flags: BPF_F_NO_PREALLOC,
+    }
+}
 
 impl MapSpec {
+    const fn of_type(self, map_type: MapType) -> Self {
+        Self { map_type, ..self }
+    }
+
     /// How a map differs from this, in words; `None` when it does not.
     fn mismatch(&self, info: &MapInfo) -> Option<String> {
         let mut found = Vec::new();
@@ -128,8 +160,8 @@ impl Loader {
         Self { loader }
     }
 
-    /// `endpoint` is the number the programs count under; 0 makes them use the
-    /// interface index.
+    /// A pod's programs. `endpoint` is the number they count under; 0 makes them
+    /// use the interface index, and comes with the programs of ENIs.
     pub(super) fn load(&mut self, endpoint: Endpoint) -> Result<Programs, DatapathError> {
         let number = NUMBERS.iter().find(|n| **n == endpoint).ok_or(DatapathError::Full)?;
         self.loader.override_global(ENDPOINT, number, true);
@@ -137,6 +169,9 @@ impl Loader {
         let mut programs = Programs { object };
         for direction in Direction::BOTH {
             programs.get(direction)?.load().map_err(|e| refusal(name_of(direction), &e))?;
+        }
+        if endpoint == 0 {
+            programs.eni_ingress()?.load().map_err(|e| refusal(ENI_INGRESS, &e))?;
         }
         Ok(programs)
     }
@@ -149,16 +184,37 @@ pub(super) struct Programs {
 
 impl Programs {
     pub(super) fn get(&mut self, direction: Direction) -> Result<&mut SchedClassifier, DatapathError> {
-        let name = name_of(direction);
+        self.named(name_of(direction))
+    }
+
+    pub(super) fn eni_ingress(&mut self) -> Result<&mut SchedClassifier, DatapathError> {
+        self.named(ENI_INGRESS)
+    }
+
+    /// A program of the socket path, loaded.
+    pub(super) fn socket_door(&mut self, name: &str) -> Result<BorrowedFd<'_>, DatapathError> {
+        let program = self.object.program_mut(name).ok_or(ProgramError::NotLoaded);
+        let program: &mut CgroupSockAddr =
+            program.and_then(|p| p.try_into()).map_err(|e: ProgramError| refusal(name, &e))?;
+        if program.fd().is_err() {
+            program.load().map_err(|e| refusal(name, &e))?;
+        }
+        program.fd().map(AsFd::as_fd).map_err(|e| refusal(name, &e))
+    }
+
+    fn named(&mut self, name: &str) -> Result<&mut SchedClassifier, DatapathError> {
         let program = self.object.program_mut(name).ok_or(ProgramError::NotLoaded);
         program.and_then(|p| p.try_into()).map_err(|e| refusal(name, &e))
     }
 
-    /// The counters; of one load only, and only once.
+    /// A map, to keep; of one load only, and only once.
+    pub(super) fn take_map(&mut self, name: &str) -> Result<Map, DatapathError> {
+        self.object.take_map(name).ok_or_else(|| DatapathError::Object(format!("no map {name}")))
+    }
+
     pub(super) fn take_counters(&mut self) -> Result<CounterMap, DatapathError> {
-        let map = self.object.take_map(COUNTERS).ok_or_else(|| DatapathError::Object(format!("no map {COUNTERS}")))?;
-        let counters = PerCpuHashMap::try_from(map).map_err(|e| DatapathError::Object(e.to_string()))?;
-        Ok(counters)
+        let map = self.take_map(COUNTERS)?;
+        PerCpuHashMap::try_from(map).map_err(|e| DatapathError::Object(e.to_string()))
     }
 }
 

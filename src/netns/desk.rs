@@ -84,6 +84,7 @@ impl Desk {
         let shared = self.shared.clone();
         let _held = shared.locks.hold(lease.attachment.to_string());
         let pod = self.open_pod(lease)?;
+        let cookie = pod.nl.netns_cookie();
         let names = link_names(&shared.config.link_prefix, &lease.attachment);
         let cause = |e: NlError| kernel(lease, &e);
 
@@ -116,7 +117,7 @@ impl Desk {
         }
         let ops = plan::diff(&desired, &actual).map_err(|e| conflict(lease, e))?;
         let programs = shared.programs.clone();
-        let mut ready = |devices: &Devices| programs.attach(&attachment(lease, devices));
+        let mut ready = |devices: &Devices| programs.attach(&attachment(lease, devices, cookie));
         if let Err(errors) = site.apply(&ops, &mut ready) {
             drop(site);
             let mut causes: Vec<String> = errors.iter().map(|e| format!("{}: {}", e.what, remedy(e))).collect();
@@ -261,7 +262,7 @@ impl Desk {
             Finding { what: word(key).to_owned(), detail }
         }));
         let problems =
-            shared.programs.verify(&attachment(lease, devices)).map_err(|e| fault(lease, "program", vec![e]))?;
+            shared.programs.verify(&attachment(lease, devices, None)).map_err(|e| fault(lease, "program", vec![e]))?;
         findings.extend(problems.into_iter().map(|detail| Finding { what: "program".to_owned(), detail }));
         Ok(findings)
     }
@@ -405,13 +406,15 @@ fn known_mtu(actual: &State, lease: &Lease) -> Result<u32, WireError> {
     mtu(Dev::Pod).or_else(|| mtu(Dev::Stray)).ok_or_else(|| WireError::DeviceMissing(lease.eni.id.clone()))
 }
 
-fn attachment<'a>(lease: &'a Lease, devices: &'a Devices) -> Attachment<'a> {
+fn attachment<'a>(lease: &'a Lease, devices: &'a Devices, netns_cookie: Option<u64>) -> Attachment<'a> {
     let index = |dev| Some(devices.index(dev)).filter(|i| *i != 0);
     Attachment {
         lease,
         host_ifname: devices.name(Dev::HostLink),
         host_ifindex: devices.index(Dev::HostLink),
         eni_ifindex: index(Dev::Eni).filter(|_| lease.mode == AttachMode::Exclusive),
+        shared_eni: index(Dev::Eni).filter(|_| lease.mode == AttachMode::Veth),
+        netns_cookie,
     }
 }
 

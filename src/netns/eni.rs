@@ -33,6 +33,7 @@ impl Desk {
             let dual = eni.subnet.cidr6.is_some();
             self.forwarding(dual).map_err(fault)?;
             self.apply_eni(eni, &device, dual).map_err(fault)?;
+            shared.programs.eni_up(device.index).map_err(|e| eni_fault(eni, "program", e))?;
             if shared.config.spread_receive {
                 receive = queues::spread(&shared.config.sysfs, &device.name);
             }
@@ -69,6 +70,7 @@ impl Desk {
         }
         if let Some(device) = device {
             devices.set(Dev::Eni, device.index, &device.name);
+            causes.extend(shared.programs.eni_gone(device.index).err());
             match self.is_primary(eni, &device) {
                 Err(e) => causes.push(e.to_string()),
                 // The node's own device: only our table was ours.
@@ -179,6 +181,13 @@ impl Desk {
             state.insert(Key::Route(Side::Node, table, p.to), value);
         }
         Ok(state)
+    }
+
+    /// Tells the programs which addresses are the node's own.
+    pub(super) fn tell_addresses(&mut self) -> Result<(), NlError> {
+        let addresses = read::all_addresses(&mut self.nl)?;
+        let told = self.shared.programs.node_addresses(&addresses);
+        told.map_err(|cause| NlError { what: "the node's addresses".to_owned(), errno: 0, cause })
     }
 
     /// The node's own address towards the VPC.

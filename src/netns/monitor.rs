@@ -1,7 +1,7 @@
 //! The actor's own rtnetlink connection: link notifications and listings.
 //!
-//! Purpose: says when a device somebody waits for has appeared or changed, and
-//! answers `Inventory` with fresh listings. Owner: one embodiment of the actor,
+//! Purpose: says when a device somebody waits for has appeared or changed, when
+//! the node's addresses have, and answers `Inventory` with fresh listings. Owner: one embodiment of the actor,
 //! on its executor; ends with it. A notification that was lost (the kernel says
 //! so) counts as a change of everything: whoever waits looks again.
 
@@ -24,6 +24,8 @@ use super::read::{self, Device};
 use super::{Config, KernelInventory};
 use crate::model::Mac;
 
+const GROUPS: [MulticastGroup; 3] = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+
 pub(super) struct Monitor {
     handle: Handle,
     /// Counts changes of watched devices.
@@ -37,12 +39,14 @@ struct Seen {
     /// Who is interested in a device: how many.
     watched: BTreeMap<Mac, usize>,
     changed: BTreeSet<Mac>,
+    /// Some address of the node came or went.
+    addresses: bool,
 }
 
 impl Monitor {
     /// In the calling thread's namespace.
     pub(super) fn start() -> std::io::Result<Self> {
-        let (connection, handle, mut messages) = rtnetlink::new_multicast_connection(&[MulticastGroup::Link])?;
+        let (connection, handle, mut messages) = rtnetlink::new_multicast_connection(&GROUPS)?;
         let (tell, changes) = watch::channel(0u64);
         let seen = Arc::new(Mutex::new(Seen::default()));
         let listener = {
@@ -72,6 +76,11 @@ impl Monitor {
     /// The watched devices that have changed since the last call.
     pub(super) fn take_changed(&self) -> BTreeSet<Mac> {
         std::mem::take(&mut self.seen.lock().changed)
+    }
+
+    /// Whether the node's addresses have changed since the last call.
+    pub(super) fn take_addresses(&self) -> bool {
+        std::mem::take(&mut self.seen.lock().addresses)
     }
 
     pub(super) fn handle(&self) -> Handle {
@@ -113,10 +122,17 @@ fn note(seen: &mut Seen, message: &NetlinkMessage<Rtnl>) -> bool {
             });
             mac.filter(|mac| seen.watched.contains_key(mac)).into_iter().collect()
         }
+        NetlinkPayload::InnerMessage(Rtnl::NewAddress(_) | Rtnl::DelAddress(_)) => {
+            seen.addresses = true;
+            return true;
+        }
         NetlinkPayload::InnerMessage(_) | NetlinkPayload::Noop | NetlinkPayload::Done(_) => return false,
-        _ => seen.watched.keys().copied().collect(),
+        _ => {
+            seen.addresses = true;
+            seen.watched.keys().copied().collect()
+        }
     };
-    let any = !changed.is_empty();
+    let any = !changed.is_empty() || seen.addresses;
     seen.changed.extend(changed);
     any
 }

@@ -8,6 +8,7 @@
 //! the namespace it was opened in, whatever its thread does later.
 
 use std::io;
+use std::os::fd::AsFd as _;
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -66,6 +67,11 @@ impl Nl {
         socket.set_ext_ack(true)?;
         socket.set_netlink_get_strict_chk(true)?;
         Ok(Self { socket, sequence: 0, buffer: vec![0; RECEIVE] })
+    }
+
+    /// The cookie of the namespace the socket is in; `None` before Linux 5.14.
+    pub(super) fn netns_cookie(&self) -> Option<u64> {
+        crate::sys::netns::cookie_of(self.socket.as_fd()).ok().flatten()
     }
 
     /// Send everything; each answer stands at its request's place. An error of

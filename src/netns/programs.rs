@@ -4,6 +4,8 @@
 //! moment without this module knowing eBPF. Called on wiring threads, in the
 //! node's namespace; may block for as long as a load takes.
 
+use std::net::IpAddr;
+
 use crate::model::{AttachmentId, Lease};
 
 /// One attachment's devices in the node's namespace.
@@ -15,6 +17,11 @@ pub struct Attachment<'a> {
     /// An exclusive ENI that has not moved into the pod yet. `None` once it has
     /// (and always in veth mode, where the ENI is shared).
     pub eni_ifindex: Option<u32>,
+    /// The ENI that a pod in veth mode leaves by.
+    pub shared_eni: Option<u32>,
+    /// What eBPF programs know the pod's namespace by. `None` when it was not
+    /// asked for, and before Linux 5.14.
+    pub netns_cookie: Option<u64>,
 }
 
 /// Whether an attachment's programs are in place.
@@ -36,6 +43,12 @@ pub trait PodPrograms: Send + Sync {
     fn verify(&self, of: &Attachment<'_>) -> Result<Vec<String>, String>;
     /// The attachments with a pinned program.
     fn pinned(&self) -> Result<Vec<String>, String>;
+    /// A shared ENI's device is up and carries pods; done again it changes nothing.
+    fn eni_up(&self, ifindex: u32) -> Result<(), String>;
+    /// It no longer does.
+    fn eni_gone(&self, ifindex: u32) -> Result<(), String>;
+    /// All addresses of the node itself, whenever they have changed.
+    fn node_addresses(&self, addresses: &[IpAddr]) -> Result<(), String>;
 }
 
 /// No programs.
@@ -54,5 +67,14 @@ impl PodPrograms for NoPrograms {
     }
     fn pinned(&self) -> Result<Vec<String>, String> {
         Ok(Vec::new())
+    }
+    fn eni_up(&self, _: u32) -> Result<(), String> {
+        Ok(())
+    }
+    fn eni_gone(&self, _: u32) -> Result<(), String> {
+        Ok(())
+    }
+    fn node_addresses(&self, _: &[IpAddr]) -> Result<(), String> {
+        Ok(())
     }
 }

@@ -95,7 +95,18 @@ pub(super) struct Addr {
     pub(super) permanent: bool,
 }
 
+/// A device's addresses.
 pub(super) fn addresses(nl: &mut Nl, index: u32) -> Result<Vec<Addr>, NlError> {
+    Ok(list_addresses(nl, index)?.into_iter().filter(|(on, _)| *on == index).map(|(_, a)| a).collect())
+}
+
+/// The addresses of every device in the namespace.
+pub(super) fn all_addresses(nl: &mut Nl) -> Result<Vec<IpAddr>, NlError> {
+    Ok(list_addresses(nl, 0)?.into_iter().map(|(_, a)| a.net.addr()).collect())
+}
+
+/// Addresses with the index of their device; 0 asks for all devices.
+fn list_addresses(nl: &mut Nl, index: u32) -> Result<Vec<(u32, Addr)>, NlError> {
     let mut found = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut message = AddressMessage::default();
@@ -103,7 +114,7 @@ pub(super) fn addresses(nl: &mut Nl, index: u32) -> Result<Vec<Addr>, NlError> {
         message.header.index = index;
         for reply in nl.dump("list addresses", Rtnl::GetAddress(message))? {
             let Rtnl::NewAddress(a) = reply else { continue };
-            found.extend(addr(&a).filter(|_| a.header.index == index));
+            found.extend(addr(&a).map(|found| (a.header.index, found)));
         }
     }
     Ok(found)

@@ -52,6 +52,9 @@ impl NetnsWirer {
         let shared = wiring.shared.clone();
         let monitor = Monitor::start().map_err(StartError::new)?;
         let crew = Crew::start(&shared).await?;
+        // Before any pod's packets rely on it.
+        let told = crew.call("addresses", Desk::tell_addresses).await.map_err(StartError::new)?;
+        told.map_err(StartError::new)?;
         Ok(Self { shared, crew, monitor: Rc::new(monitor), prepared: HashMap::new() })
     }
 
@@ -79,8 +82,17 @@ impl NetnsWirer {
         });
     }
 
-    /// A shared ENI's device has changed: routes may have gone with its link.
+    /// A shared ENI's device has changed: routes may have gone with its link. Or
+    /// the node's addresses have.
     fn restore(&mut self, ctx: &mut Ctx<'_, Self>) {
+        if self.monitor.take_addresses() {
+            let work = self.crew.call("addresses", Desk::tell_addresses);
+            ctx.spawn(work, |_, outcome, _| {
+                if let Ok(Err(error)) = outcome {
+                    tracing::warn!(%error, "The node's addresses changed and the programs could not be told");
+                }
+            });
+        }
         for mac in self.monitor.take_changed() {
             let Some((eni, _)) = self.prepared.get(&mac) else { continue };
             let eni = eni.clone();

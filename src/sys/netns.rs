@@ -115,11 +115,7 @@ impl Netns {
     /// (`bpf_get_netns_cookie`). Needs Linux 5.14; `None` before.
     pub fn cookie(&self, home: &Netns) -> io::Result<Option<u64>> {
         let socket = self.within(home, || std::net::UdpSocket::bind("0.0.0.0:0"))??;
-        match cookie_of(socket.as_fd()) {
-            Ok(cookie) => Ok(Some(cookie)),
-            Err(e) if e.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
-            Err(e) => Err(e),
-        }
+        cookie_of(socket.as_fd())
     }
 }
 
@@ -136,7 +132,8 @@ fn namespace_kind(fd: BorrowedFd<'_>) -> io::Result<libc::c_int> {
     if kind < 0 { Err(io::Error::last_os_error()) } else { Ok(kind) }
 }
 
-fn cookie_of(socket: BorrowedFd<'_>) -> io::Result<u64> {
+/// The cookie of the namespace that a socket is in. Needs Linux 5.14; `None` before.
+pub fn cookie_of(socket: BorrowedFd<'_>) -> io::Result<Option<u64>> {
     let mut cookie = 0u64;
     let mut len = size_of::<u64>() as libc::socklen_t;
     // SAFETY: the pointers are to locals that outlive the call, and `len` says
@@ -150,7 +147,13 @@ fn cookie_of(socket: BorrowedFd<'_>) -> io::Result<u64> {
             &raw mut len,
         )
     };
-    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+    match rc {
+        0.. => Ok(Some(cookie)),
+        _ => match io::Error::last_os_error() {
+            e if e.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(None),
+            e => Err(e),
+        },
+    }
 }
 
 #[cfg(test)]

@@ -57,6 +57,15 @@ impl PodPrograms for Probe {
     fn pinned(&self) -> Result<Vec<String>, String> {
         Ok(vec!["one".to_owned()])
     }
+    fn eni_up(&self, _: u32) -> Result<(), String> {
+        Ok(())
+    }
+    fn eni_gone(&self, _: u32) -> Result<(), String> {
+        Ok(())
+    }
+    fn node_addresses(&self, _: &[std::net::IpAddr]) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 #[test]
@@ -132,7 +141,7 @@ fn an_exclusive_pod_has_its_programs_however_this_kernel_attaches_them() {
         }
         let open = || {
             let options = Options { in_pod, ..Options::default() };
-            Arc::new(Programs::new(Datapath::open_with(bpffs.0.path(), options).unwrap().0))
+            Arc::new(Programs::new(Datapath::open_with(bpffs.0.path(), options).unwrap().0, true))
         };
         let own = lab.eni(1);
         let (ns, mut lease) = lab.pod(&own, 21, Exclusive);

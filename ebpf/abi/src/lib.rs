@@ -2,57 +2,91 @@
 //!
 //! Every type here is plain old data with a fixed layout: no padding that the
 //! verifier would see uninitialised, all fields naturally aligned. The layout
-//! is asserted at compile time.
+//! is asserted at compile time. Addresses are 16 bytes, IPv4 ones v4-mapped;
+//! addresses and ports are in network byte order, everything else in the host's.
 #![no_std]
+
+mod pod;
+mod service;
+
+pub use pod::*;
+pub use service::*;
 
 /// Version of the map layouts; part of the pin directory's name. Raise it when
 /// a key, a value or a map's meaning changes.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
-/// How many pod devices one node can have attached at a time.
-pub const MAX_ENDPOINTS: u32 = 4096;
-
-/// Which pod device a packet passes; the key of per-pod maps.
-///
-/// Devices in the node's namespace are numbered by their interface index, which
-/// is below [`IN_POD`]. A device inside a pod has an index that means nothing
-/// here; its programs carry a number of their own, at or above [`IN_POD`].
-pub type Endpoint = u32;
-
-/// First endpoint number of devices inside pods.
-pub const IN_POD: Endpoint = 1 << 31;
-
-/// Name of the map of [`Counters`] by [`Endpoint`], one value per CPU.
-pub const COUNTERS: &str = "COUNTERS";
-/// Name of the program constant that holds the endpoint; 0 means the interface
-/// index of the packet.
-pub const ENDPOINT: &str = "ENDPOINT";
-/// Name of the program for packets that leave a pod.
-pub const POD_EGRESS: &str = "pod_egress";
-/// Name of the program for packets that enter a pod.
-pub const POD_INGRESS: &str = "pod_ingress";
-
-/// What passed a pod's device. Directions are the pod's: ingress is what it
-/// receives. Segments of an offloaded packet count as packets; its bytes count
-/// its headers once.
+/// An IPv6 address, or an IPv4 one in its v4-mapped form.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    pub ingress_packets: u64,
-    pub ingress_bytes: u64,
-    pub egress_packets: u64,
-    pub egress_bytes: u64,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Addr {
+    /// As in the packet.
+    pub words: [u32; 4],
 }
 
-const _: () = {
-    assert!(size_of::<Endpoint>() == 4);
-    assert!(size_of::<Counters>() == 32);
-    assert!(align_of::<Counters>() == 8);
-    assert!(core::mem::offset_of!(Counters, ingress_bytes) == 8);
-    assert!(core::mem::offset_of!(Counters, egress_packets) == 16);
-    assert!(core::mem::offset_of!(Counters, egress_bytes) == 24);
-};
+/// `::ffff:0:0/96` as the third word.
+const MAPPED: u32 = 0x0000_ffff_u32.to_be();
 
-// SAFETY: `Counters` is `repr(C)`, has no padding, and any bytes are a value.
+impl Addr {
+    /// From the address as the packet has it.
+    #[inline(always)]
+    pub const fn v4(word: u32) -> Self {
+        Self { words: [0, 0, MAPPED, word] }
+    }
+
+    #[inline(always)]
+    pub const fn v6(words: [u32; 4]) -> Self {
+        Self { words }
+    }
+
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.words[0] == 0 && self.words[1] == 0 && self.words[2] == MAPPED
+    }
+
+    pub const fn from_octets4(octets: [u8; 4]) -> Self {
+        Self::v4(u32::from_ne_bytes(octets))
+    }
+
+    pub const fn from_octets6(o: [u8; 16]) -> Self {
+        Self::v6([
+            u32::from_ne_bytes([o[0], o[1], o[2], o[3]]),
+            u32::from_ne_bytes([o[4], o[5], o[6], o[7]]),
+            u32::from_ne_bytes([o[8], o[9], o[10], o[11]]),
+            u32::from_ne_bytes([o[12], o[13], o[14], o[15]]),
+        ])
+    }
+
+    pub const fn octets6(&self) -> [u8; 16] {
+        let [a, b, c, d] = self.words;
+        let (a, b, c, d) = (a.to_ne_bytes(), b.to_ne_bytes(), c.to_ne_bytes(), d.to_ne_bytes());
+        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3]]
+    }
+}
+
 #[cfg(feature = "user")]
-unsafe impl aya::Pod for Counters {}
+impl From<core::net::IpAddr> for Addr {
+    fn from(ip: core::net::IpAddr) -> Self {
+        match ip {
+            core::net::IpAddr::V4(ip) => Self::from_octets4(ip.octets()),
+            core::net::IpAddr::V6(ip) => Self::from_octets6(ip.octets()),
+        }
+    }
+}
+
+#[cfg(feature = "user")]
+impl From<Addr> for core::net::IpAddr {
+    fn from(addr: Addr) -> Self {
+        let ip = core::net::Ipv6Addr::from(addr.octets6());
+        match ip.to_ipv4_mapped() {
+            Some(ip) => ip.into(),
+            None => ip.into(),
+        }
+    }
+}
+
+const _: () = assert!(size_of::<Addr>() == 16 && align_of::<Addr>() == 4);
+
+// SAFETY: `repr(C)`, no padding, any bytes are a value.
+#[cfg(feature = "user")]
+unsafe impl aya::Pod for Addr {}

@@ -1,0 +1,106 @@
+//! Pods' devices: what passes them, and the short cuts between them.
+
+use crate::Addr;
+
+/// How many pod devices one node can have attached at a time.
+pub const MAX_ENDPOINTS: u32 = 4096;
+/// How many addresses those pods can have, and how many the node itself.
+pub const MAX_POD_ADDRESSES: u32 = 2 * MAX_ENDPOINTS;
+pub const MAX_NODE_ADDRESSES: u32 = 4096;
+
+/// Which pod device a packet passes; the key of per-pod maps.
+///
+/// Devices in the node's namespace are numbered by their interface index, which
+/// is below [`IN_POD`]. A device inside a pod has an index that means nothing
+/// here; its programs carry a number of their own, at or above [`IN_POD`].
+pub type Endpoint = u32;
+
+/// First endpoint number of devices inside pods.
+pub const IN_POD: Endpoint = 1 << 31;
+
+/// Name of the map of [`Counters`] by [`Endpoint`], one value per CPU.
+pub const COUNTERS: &str = "COUNTERS";
+/// Name of the map of [`Link`] by [`Endpoint`].
+pub const LINKS: &str = "LINKS";
+/// Name of the map of [`Pod`] by [`Addr`]: this node's pods.
+pub const PODS: &str = "PODS";
+/// Name of the map of `u32` (unused) by [`Addr`]: the node's own addresses.
+pub const NODE: &str = "NODE";
+/// Name of the program constant that holds the endpoint; 0 means the interface
+/// index of the packet.
+pub const ENDPOINT: &str = "ENDPOINT";
+/// Name of the program for packets that leave a pod.
+pub const POD_EGRESS: &str = "pod_egress";
+/// Name of the program for packets that enter a pod.
+pub const POD_INGRESS: &str = "pod_ingress";
+/// Name of the program for packets that enter the node on a shared ENI.
+pub const ENI_INGRESS: &str = "eni_ingress";
+
+/// What passed a pod's device. Directions are the pod's: ingress is what it
+/// receives. Segments of an offloaded packet count as packets; its bytes count
+/// its headers once.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    pub ingress_packets: u64,
+    pub ingress_bytes: u64,
+    pub egress_packets: u64,
+    pub egress_bytes: u64,
+    /// Of these, packets that took the short way past the node's stack.
+    pub ingress_short: u64,
+    pub egress_short: u64,
+    /// Dropped: the source was not the pod's.
+    pub spoofed: u64,
+}
+
+/// What is behind a pod's device, by its endpoint number.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    /// Cookie of the pod's network namespace; 0 when it is not known.
+    pub cookie: u64,
+    /// The pod's addresses; zero when it has none of the family.
+    pub v4: Addr,
+    pub v6: Addr,
+    /// Next hops on the ENI, as in the packet; zero when there is none.
+    pub gateway4: Addr,
+    pub gateway6: Addr,
+    /// Interface index of the ENI the pod's packets leave by.
+    pub eni: u32,
+    /// `LINK_*`.
+    pub flags: u32,
+}
+
+/// Packets may go straight out of the ENI and straight to pods of this node.
+pub const LINK_SHORT: u32 = 1;
+
+/// A pod of this node, by address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pod {
+    pub endpoint: Endpoint,
+    /// Interface index of the host side of its link.
+    pub ifindex: u32,
+    /// `POD_*`.
+    pub flags: u32,
+}
+
+/// Packets to it may be handed over past the node's stack: its link has no queue
+/// that limits what it receives.
+pub const POD_SHORT: u32 = 1;
+
+const _: () = {
+    assert!(size_of::<Endpoint>() == 4);
+    assert!(size_of::<Counters>() == 7 * 8 && align_of::<Counters>() == 8);
+    assert!(size_of::<Link>() == 8 + 4 * 16 + 2 * 4 && align_of::<Link>() == 8);
+    assert!(size_of::<Pod>() == 3 * 4 && align_of::<Pod>() == 4);
+};
+
+// SAFETY: each is `repr(C)`, has no padding (asserted above), and any bytes are
+// a value of it.
+#[cfg(feature = "user")]
+mod user {
+    unsafe impl aya::Pod for super::Counters {}
+    unsafe impl aya::Pod for super::Link {}
+    unsafe impl aya::Pod for super::Pod {}
+}

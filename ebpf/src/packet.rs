@@ -1,0 +1,160 @@
+//! What a packet says of itself: addresses, protocol, ports.
+//!
+//! Reads the headers in place. Everything is checked against the packet's end:
+//! a packet that ends too early, or is neither IPv4 nor IPv6, is `None`, and its
+//! door lets the stack judge it.
+
+use aya_ebpf::programs::TcContext;
+use fairway_ebpf_abi::Addr;
+
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+
+const ETHERNET: usize = 14;
+const ETH_P_IP: u16 = 0x0800_u16.to_be();
+const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
+
+/// Enough for both headers in front of the ports, with IPv4 options or a usual
+/// chain of IPv6 extensions.
+const HEADERS: u32 = 128;
+
+const TCP_SYN: u8 = 0x02;
+
+pub struct Packet {
+    pub src: Addr,
+    pub dst: Addr,
+    pub protocol: u8,
+    /// Time to live, or hop limit.
+    pub hops: u8,
+    pub v4: bool,
+    /// The ports are in the first fragment only.
+    pub later_fragment: bool,
+    /// Where the transport header begins.
+    pub transport: usize,
+}
+
+#[repr(C)]
+struct Ipv4 {
+    version_length: u8,
+    _tos: u8,
+    _length: u16,
+    _id: u16,
+    fragment: u16,
+    ttl: u8,
+    protocol: u8,
+    _checksum: u16,
+    src: u32,
+    dst: u32,
+}
+
+#[repr(C)]
+struct Ipv6 {
+    _version: u32,
+    _length: u16,
+    next: u8,
+    hops: u8,
+    src: [u32; 4],
+    dst: [u32; 4],
+}
+
+/// The part of a header of type `T` at `offset`, if the packet is that long.
+#[inline(always)]
+pub fn at<T>(ctx: &TcContext, offset: usize) -> Option<&T> {
+    let start = ctx.data() + offset;
+    if start + size_of::<T>() > ctx.data_end() {
+        return None;
+    }
+    // SAFETY: the bytes are the packet's (just checked); `T` is one of this
+    // module's header types, of which any bytes are a value; BPF has no
+    // alignment rules that the verifier would not enforce.
+    Some(unsafe { &*(start as *const T) })
+}
+
+impl Packet {
+    #[inline(always)]
+    pub fn parse(ctx: &TcContext) -> Option<Self> {
+        // SAFETY: the context is the kernel's and valid while the program runs.
+        let protocol = unsafe { (*ctx.skb.skb).protocol } as u16;
+        if protocol != ETH_P_IP && protocol != ETH_P_IPV6 {
+            return None;
+        }
+        // Headers may lie outside the linear part.
+        let wanted = ctx.len().min(HEADERS);
+        if ctx.data() + wanted as usize > ctx.data_end() && ctx.pull_data(wanted).is_err() {
+            return None;
+        }
+        if protocol == ETH_P_IP { Self::v4(ctx) } else { Self::v6(ctx) }
+    }
+
+    #[inline(always)]
+    fn v4(ctx: &TcContext) -> Option<Self> {
+        let ip: &Ipv4 = at(ctx, ETHERNET)?;
+        let length = usize::from(ip.version_length & 0x0f) * 4;
+        if ip.version_length >> 4 != 4 || length < 20 {
+            return None;
+        }
+        Some(Self {
+            src: Addr::v4(ip.src),
+            dst: Addr::v4(ip.dst),
+            protocol: ip.protocol,
+            hops: ip.ttl,
+            v4: true,
+            later_fragment: ip.fragment & 0x1fff_u16.to_be() != 0,
+            transport: ETHERNET + length,
+        })
+    }
+
+    #[inline(always)]
+    fn v6(ctx: &TcContext) -> Option<Self> {
+        let ip: &Ipv6 = at(ctx, ETHERNET)?;
+        let mut packet = Self {
+            src: Addr::v6(ip.src),
+            dst: Addr::v6(ip.dst),
+            protocol: ip.next,
+            hops: ip.hops,
+            v4: false,
+            later_fragment: false,
+            transport: ETHERNET + 40,
+        };
+        // RFC 8200, section 4.1: more extensions than these is no usual packet.
+        for _ in 0..4 {
+            match packet.protocol {
+                HOP_BY_HOP | ROUTING | DESTINATION => {
+                    let extension: &[u8; 2] = at(ctx, packet.transport)?;
+                    packet.protocol = extension[0];
+                    packet.transport += (usize::from(extension[1]) + 1) * 8;
+                }
+                FRAGMENT => {
+                    let extension: &[u8; 8] = at(ctx, packet.transport)?;
+                    let offset = u16::from_be_bytes([extension[2], extension[3]]) >> 3;
+                    packet.protocol = extension[0];
+                    packet.later_fragment = offset != 0;
+                    packet.transport += 8;
+                    if packet.later_fragment {
+                        return Some(packet);
+                    }
+                }
+                _ => return Some(packet),
+            }
+        }
+        None
+    }
+
+    /// Whether this opens a TCP connection, from either side. A header that is
+    /// not whole counts as one: the stack judges it.
+    #[inline(always)]
+    pub fn opens_tcp(&self, ctx: &TcContext) -> bool {
+        if self.protocol != TCP || self.later_fragment {
+            return false;
+        }
+        match at::<[u8; 14]>(ctx, self.transport) {
+            Some(header) => header[13] & TCP_SYN != 0,
+            None => true,
+        }
+    }
+}
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION: u8 = 60;

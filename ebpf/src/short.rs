@@ -1,0 +1,129 @@
+//! The short way: past the node's stack, to the pod's ENI or to a pod next door.
+//!
+//! The stack judges what opens a connection: routes, rules, its own filters. What
+//! follows goes the way it would go there, without the walk: out of the ENI by
+//! `redirect_neigh`, which asks for the next hop's address and keeps it fresh, or
+//! into a pod of this node by `redirect_peer`, which hands the packet over inside
+//! the pod's namespace. That skips the program at the other pod's door, so the
+//! one who hands over counts for it.
+
+use aya_ebpf::bindings::{bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1};
+use aya_ebpf::btf_maps::HashMap;
+use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
+use aya_ebpf::macros::btf_map;
+use aya_ebpf::programs::TcContext;
+use fairway_ebpf_abi::{
+    Addr, Endpoint, LINK_SHORT, Link, MAX_ENDPOINTS, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, POD_SHORT, Pod,
+};
+
+use crate::NEXT;
+use crate::account::{self, NO_PREALLOC};
+use crate::packet::Packet;
+
+#[btf_map]
+static LINKS: HashMap<Endpoint, Link, { MAX_ENDPOINTS as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+static PODS: HashMap<Addr, Pod, { MAX_POD_ADDRESSES as usize }, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+static NODE: HashMap<Addr, u32, { MAX_NODE_ADDRESSES as usize }, NO_PREALLOC> = HashMap::new();
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+
+/// What is behind the device this packet passes.
+#[inline(always)]
+pub fn link(endpoint: Endpoint) -> Option<&'static Link> {
+    // SAFETY: entries are replaced whole, never written in place; a removed one
+    // stays valid until the program ends (not preallocated).
+    unsafe { LINKS.get(&endpoint) }
+}
+
+#[inline(always)]
+fn pod(addr: &Addr) -> Option<&'static Pod> {
+    // SAFETY: as in `link`.
+    unsafe { PODS.get(addr) }
+}
+
+#[inline(always)]
+fn is_node(addr: &Addr) -> bool {
+    NODE.get_ptr(addr).is_some()
+}
+
+/// Whether the packet comes from the pod behind this link. IPv6 link-local
+/// sources never leave the link.
+#[inline(always)]
+pub fn is_own(link: &Link, packet: &Packet) -> bool {
+    if packet.v4 {
+        packet.src == link.v4
+    } else {
+        packet.src == link.v6 || is_local_scope(packet.src.words[0]) || packet.src == Addr::default()
+    }
+}
+
+/// Multicast or link-local, by an IPv6 address's first word.
+#[inline(always)]
+fn is_local_scope(first: u32) -> bool {
+    let first = u32::from_be(first);
+    first >> 24 == 0xff || first & 0xffc0_0000 == 0xfe80_0000
+}
+
+/// Multicast, broadcast, link-local, loopback: not the VPC's to forward.
+#[inline(always)]
+fn stays_here(packet: &Packet) -> bool {
+    if !packet.v4 {
+        return is_local_scope(packet.dst.words[0]) || packet.dst.words[..3] == [0, 0, 0];
+    }
+    let word = u32::from_be(packet.dst.words[3]);
+    word >> 28 >= 0xe || word >> 16 == 0xa9fe || word >> 24 == 127 || word >> 24 == 0
+}
+
+/// A packet from a pod: where it goes, if it may go the short way.
+#[inline(always)]
+pub fn leave(ctx: &TcContext, link: &Link, packet: &Packet) -> Option<i32> {
+    if link.flags & LINK_SHORT == 0 || packet.hops <= 1 || packet.opens_tcp(ctx) || stays_here(packet) {
+        return None;
+    }
+    if let Some(pod) = pod(&packet.dst) {
+        return hand_over(ctx, pod);
+    }
+    if is_node(&packet.dst) {
+        return None;
+    }
+    let gateway = if packet.v4 { link.gateway4 } else { link.gateway6 };
+    if link.eni == 0 || gateway == Addr::default() {
+        return None;
+    }
+    let mut hop = bpf_redir_neigh {
+        nh_family: if packet.v4 { AF_INET } else { AF_INET6 },
+        __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh: gateway.words },
+    };
+    if packet.v4 {
+        hop.__bindgen_anon_1.ipv6_nh = [gateway.words[3], 0, 0, 0];
+    }
+    // SAFETY: `hop` is whole and lives through the call.
+    Some(unsafe { bpf_redirect_neigh(link.eni, &raw mut hop, size_of::<bpf_redir_neigh>() as i32, 0) } as i32)
+}
+
+/// A packet from outside that is a pod's.
+#[inline(always)]
+pub fn arrive(ctx: &TcContext, packet: &Packet) -> i32 {
+    if packet.hops <= 1 {
+        return NEXT;
+    }
+    match pod(&packet.dst) {
+        Some(pod) if !packet.opens_tcp(ctx) => hand_over(ctx, pod).unwrap_or(NEXT),
+        _ => NEXT,
+    }
+}
+
+#[inline(always)]
+fn hand_over(ctx: &TcContext, pod: &Pod) -> Option<i32> {
+    if pod.flags & POD_SHORT == 0 {
+        return None;
+    }
+    account::short_ingress(ctx, pod.endpoint);
+    // SAFETY: takes two numbers.
+    Some(unsafe { bpf_redirect_peer(pod.ifindex, 0) } as i32)
+}

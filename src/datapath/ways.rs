@@ -1,0 +1,172 @@
+//! Who is behind a pod's link: its addresses and namespace, the way past the
+//! stack to and from it, and which addresses and namespace are the node's own.
+//!
+//! Owner: `Datapath`. A pod's link is written before its addresses and removed
+//! after them, so that whoever finds an address finds a link that counts it.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use aya::maps::{HashMap, MapData, MapError};
+use fairway_ebpf_abi::{
+    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_SHORT,
+    PODS, Pod,
+};
+
+use super::DatapathError;
+use super::programs::Programs;
+
+/// What the programs know of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Way {
+    pub v4: Ipv4Addr,
+    pub v6: Option<Ipv6Addr>,
+    /// Next hops of the ENI's vSwitch.
+    pub gateway4: Ipv4Addr,
+    pub gateway6: Option<Ipv6Addr>,
+    /// Interface index of the shared ENI; none for a pod with its own.
+    pub eni: Option<u32>,
+    /// Of the pod's network namespace.
+    pub cookie: Option<u64>,
+    /// Services are resolved packet by packet, never when a process connects.
+    pub per_packet: bool,
+    /// Packets may pass by the node's stack once it has seen the connection open.
+    pub short: bool,
+    /// Its link has a queue that limits what it receives: nobody may hand packets
+    /// over past it.
+    pub limited: bool,
+}
+
+pub(super) struct Ways {
+    links: HashMap<MapData, Endpoint, Link>,
+    pods: HashMap<MapData, Addr, Pod>,
+    node: HashMap<MapData, Addr, u32>,
+    namespaces: HashMap<MapData, u64, u32>,
+}
+
+impl Ways {
+    pub(super) fn open(programs: &mut Programs) -> Result<Self, DatapathError> {
+        Ok(Self {
+            links: programs.take_map(LINKS)?.try_into().map_err(unlike)?,
+            pods: programs.take_map(PODS)?.try_into().map_err(unlike)?,
+            node: programs.take_map(NODE)?.try_into().map_err(unlike)?,
+            namespaces: programs.take_map(NAMESPACES)?.try_into().map_err(unlike)?,
+        })
+    }
+
+    pub(super) fn set(&mut self, endpoint: Endpoint, way: &Way) -> Result<(), DatapathError> {
+        let addr = |ip: Option<Ipv6Addr>| ip.map_or(Addr::default(), |ip| IpAddr::V6(ip).into());
+        let link = Link {
+            v4: IpAddr::V4(way.v4).into(),
+            v6: addr(way.v6),
+            gateway4: IpAddr::V4(way.gateway4).into(),
+            gateway6: addr(way.gateway6),
+            cookie: way.cookie.unwrap_or(0),
+            eni: way.eni.unwrap_or(0),
+            flags: if way.short { LINK_SHORT } else { 0 },
+        };
+        if let Ok(old) = self.links.get(&endpoint, 0)
+            && (old.v4, old.v6, old.cookie) != (link.v4, link.v6, link.cookie)
+        {
+            self.forget_keys(endpoint, &old)?;
+        }
+        self.links.insert(endpoint, link, 0).map_err(DatapathError::Ways)?;
+        if let Some(cookie) = way.cookie {
+            let flags = NETNS_POD | if way.per_packet { NETNS_PER_PACKET } else { 0 };
+            self.namespaces.insert(cookie, flags, 0).map_err(DatapathError::Ways)?;
+        }
+        // Those with an ENI of their own are reached through the VPC.
+        let flags = if way.short && !way.limited { POD_SHORT } else { 0 };
+        for addr in addresses(&link).filter(|_| way.eni.is_some()) {
+            let pod = Pod { endpoint, ifindex: endpoint, flags };
+            self.pods.insert(addr, pod, 0).map_err(DatapathError::Ways)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn forget(&mut self, endpoint: Endpoint) -> Result<(), DatapathError> {
+        let Some(link) = found(self.links.get(&endpoint, 0))? else { return Ok(()) };
+        self.forget_keys(endpoint, &link)?;
+        gone(self.links.remove(&endpoint))
+    }
+
+    /// An address that another pod has by now is left alone.
+    fn forget_keys(&mut self, endpoint: Endpoint, link: &Link) -> Result<(), DatapathError> {
+        for addr in addresses(link) {
+            if found(self.pods.get(&addr, 0))?.is_some_and(|pod| pod.endpoint == endpoint) {
+                gone(self.pods.remove(&addr))?;
+            }
+        }
+        // A namespace is one attachment's alone.
+        if link.cookie == 0 { Ok(()) } else { gone(self.namespaces.remove(&link.cookie)) }
+    }
+
+    /// Removes what belongs to no attachment.
+    pub(super) fn retain(&mut self, live: impl Fn(Endpoint) -> bool) -> Result<(), DatapathError> {
+        let pods: Vec<_> = self.pods.iter().collect::<Result<_, _>>().map_err(DatapathError::Ways)?;
+        for (addr, _) in pods.iter().filter(|(_, pod)| !live(pod.endpoint)) {
+            gone(self.pods.remove(addr))?;
+        }
+        let links: Vec<_> = self.links.keys().collect::<Result<_, _>>().map_err(DatapathError::Ways)?;
+        for endpoint in links.iter().filter(|endpoint| !live(**endpoint)) {
+            self.forget(*endpoint)?;
+        }
+        let links: Vec<_> = self.links.iter().collect::<Result<_, _>>().map_err(DatapathError::Ways)?;
+        let cookies: Vec<_> = self.namespaces.iter().collect::<Result<_, _>>().map_err(DatapathError::Ways)?;
+        let orphan = |(cookie, flags): &&(u64, u32)| {
+            flags & NETNS_POD != 0 && !links.iter().any(|(_, link)| link.cookie == *cookie)
+        };
+        for (cookie, _) in cookies.iter().filter(orphan) {
+            gone(self.namespaces.remove(cookie))?;
+        }
+        Ok(())
+    }
+
+    /// The node's own namespace.
+    pub(super) fn set_node_namespace(&mut self, cookie: u64) -> Result<(), DatapathError> {
+        self.namespaces.insert(cookie, NETNS_NODE, 0).map_err(DatapathError::Ways)
+    }
+
+    /// Makes the node's own addresses these.
+    pub(super) fn set_node(&mut self, addresses: &[IpAddr]) -> Result<(), DatapathError> {
+        let wanted: BTreeSet<Addr> = addresses.iter().map(|ip| Addr::from(*ip)).collect();
+        let there: BTreeSet<Addr> = self.node.keys().collect::<Result<_, _>>().map_err(DatapathError::Ways)?;
+        for addr in wanted.difference(&there) {
+            self.node.insert(addr, 0, 0).map_err(DatapathError::Ways)?;
+        }
+        for addr in there.difference(&wanted) {
+            gone(self.node.remove(addr))?;
+        }
+        Ok(())
+    }
+
+    /// Whether a pod's packets may take the short way.
+    pub(super) fn is_short(&self, endpoint: Endpoint) -> bool {
+        self.links.get(&endpoint, 0).is_ok_and(|link| link.flags & LINK_SHORT != 0)
+    }
+}
+
+fn addresses(link: &Link) -> impl Iterator<Item = Addr> {
+    [link.v4, link.v6].into_iter().filter(|addr| *addr != Addr::default())
+}
+
+fn found<T>(entry: Result<T, MapError>) -> Result<Option<T>, DatapathError> {
+    match entry {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(e) => Err(DatapathError::Ways(e)),
+    }
+}
+
+/// Removing what is not there is success.
+fn gone(removed: Result<(), MapError>) -> Result<(), DatapathError> {
+    match removed {
+        Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        Err(e) => Err(DatapathError::Ways(e)),
+    }
+}
+
+fn unlike(e: MapError) -> DatapathError {
+    DatapathError::Object(e.to_string())
+}
