@@ -127,9 +127,13 @@ impl Toolchain {
         let target_dir = out_dir.ancestors().nth(4).unwrap_or(out_dir).join("ebpf");
         let flags = [
             format!("-Clinker={}", self.linker.display()),
+            // 32-bit registers and jumps: every kernel from 5.1 on.
+            "-Ctarget-cpu=v3".into(),
             // BTF is made from the debug information.
             "-Cdebuginfo=2".into(),
             "-Clink-arg=--btf".into(),
+            // LLVM cannot do that with structures it has aligned to 16 bytes, and crashes.
+            "-Clink-arg=--disable-expand-memcpy-in-order".into(),
         ];
         let mut cargo = Command::new(&self.cargo);
         cargo.env_clear();

@@ -9,6 +9,7 @@
 
 mod facts;
 pub mod programs;
+mod trace;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,6 +29,8 @@ use crate::debug::{Collect, DebugHttp, Query, ReadyCheck, View, Views};
 use crate::netns::{NetnsWirer, NoPrograms, PodPrograms, Wiring};
 use crate::pool::snapshot::PoolSnapshot;
 use crate::pool::{self, Audit, Pool};
+use crate::service::status::ServiceSnapshot;
+use crate::service::{self, ServiceMap};
 use programs::Programs;
 
 /// From SIGTERM to the end of the process.
@@ -57,7 +60,9 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
     // The cluster: facts outlive the actor that publishes them.
     let (publisher, facts) = crate::cluster::facts();
     let cluster: Handle<ClusterWatch> = tree.child({
-        let cluster = crate::cluster::Config { node_name: config.node.clone(), ..config.cluster.clone() };
+        // Without programs nobody would read the maps.
+        let services = config.services.enabled && config.bpffs.is_some();
+        let cluster = crate::cluster::Config { node_name: config.node.clone(), services, ..config.cluster.clone() };
         let facts = facts.clone();
         move || ClusterWatch::open(cluster.clone(), publisher.clone(), facts.clone())
     });
@@ -103,6 +108,23 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
         actor_free_task(facts::programs_inside_pods(snapshot.clone(), pool.port(), programs));
     }
 
+    // Services.
+    let (service_sender, service_figures) = watch::channel(Arc::new(ServiceSnapshot::default()));
+    let carried = programs.clone().filter(|_| config.services.enabled);
+    let services: Option<Handle<ServiceMap>> = carried.map(|programs| {
+        let deps = service::Deps {
+            node_name: config.node.clone(),
+            index: facts.services.clone(),
+            node: facts.node.clone(),
+            pods: facts.pods.clone(),
+            leader: facts.leader.clone(),
+            record_event: cluster.port(),
+            maps: service_maps(programs),
+            snapshots: service_sender,
+        };
+        tree.child(move || ServiceMap::open(deps.clone()))
+    });
+
     // Kubelet.
     let ports = cni_ports(&pool, &netns, &cluster);
     let server: Handle<CniServer> = tree.child({
@@ -111,7 +133,10 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
     });
 
     // Whoever looks.
-    let views = views(&tree, &stats, &snapshot, programs, &pool, &server, &cluster);
+    let mut views = views(&tree, &stats, &snapshot, programs, &pool, &server, &cluster);
+    if let Some(services) = &services {
+        service_views(&mut views, services, &service_figures);
+    }
     let _: Handle<DebugHttp> = tree.child({
         let config = config.debug.clone();
         move || DebugHttp::bind(config.clone(), views.clone())
@@ -239,6 +264,26 @@ fn views(
     )];
     let metrics: Vec<Collect> = facts::metrics(stats, snapshot);
     Views { actors: tree.registry().clone(), views, queries, ready, metrics }
+}
+
+/// The maps that ServiceMap writes to: those that the programs read.
+fn service_maps(programs: Arc<Programs>) -> service::OpenMaps {
+    Arc::new(move || Ok(Box::new(programs.service_maps()?)))
+}
+
+fn service_views(views: &mut Views, services: &Handle<ServiceMap>, figures: &watch::Receiver<Arc<ServiceSnapshot>>) {
+    views.queries.insert("services", query(services, || service::ServiceStatus {}));
+    let port = services.port::<service::Explain>();
+    let trace: Query = Arc::new(move |arguments, deadline| {
+        let port = port.clone();
+        Box::pin(async move {
+            let explanation = port.ask(trace::question(&arguments)?, deadline).await.map_err(|e| e.to_string())?;
+            serde_json::to_value(explanation).map_err(|e| e.to_string())
+        })
+    });
+    views.queries.insert("trace", trace);
+    let figures = figures.clone();
+    views.metrics.push(Arc::new(move |registry| service::status::collect(&figures.borrow(), registry)));
 }
 
 /// A view that asks an actor.

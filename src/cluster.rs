@@ -1,7 +1,7 @@
 //! ClusterWatch: the only actor that talks to the Kubernetes API.
 //!
-//! Purpose: knows the pods of this node and the node itself, and publishes them
-//! as facts; tells the cluster what happened (Events), how the node is (a
+//! Purpose: knows the pods of this node, the node itself, and the cluster's
+//! Services with their endpoints, and publishes them as facts; tells the cluster what happened (Events), how the node is (a
 //! condition, an extended resource), and elects one node among all (a Lease).
 //! Everything works on without it: while the API server is away the facts stay
 //! as they were last seen, Events wait in a bounded buffer, and the Lease is
@@ -15,6 +15,7 @@ pub mod convert;
 pub mod election;
 pub mod events;
 pub mod index;
+mod services;
 pub mod status;
 mod watches;
 mod writers;
@@ -34,6 +35,8 @@ use tokio::sync::{Notify, watch};
 
 use crate::actor::{Actor, Ctx, Handles, Message, Responder, StartError};
 use crate::model::PodKey;
+use crate::service::index::Index as ServiceIndex;
+use crate::service::model::ServiceName;
 use events::Events;
 use status::Desired;
 
@@ -101,6 +104,8 @@ pub struct Facts {
     pub node: watch::Receiver<Option<Arc<NodeInfo>>>,
     /// True on at most one node of the cluster at a time.
     pub leader: watch::Receiver<bool>,
+    /// The cluster's Services and EndpointSlices, and which have changed.
+    pub services: ServiceIndex,
 }
 
 /// The publishing side of [`Facts`].
@@ -109,6 +114,7 @@ pub struct Publisher {
     pub pods: watch::Sender<NodePods>,
     pub node: watch::Sender<Option<Arc<NodeInfo>>>,
     pub leader: watch::Sender<bool>,
+    pub services: ServiceIndex,
     /// What [`SetNodeStatus`] asked for; here, so that a restart keeps it.
     desired: watch::Sender<Desired>,
 }
@@ -119,7 +125,9 @@ pub fn facts() -> (Publisher, Facts) {
     let (node, node_seen) = watch::channel(None);
     let (leader, leader_seen) = watch::channel(false);
     let (desired, _) = watch::channel(Desired::default());
-    (Publisher { pods, node, leader, desired }, Facts { pods: pods_seen, node: node_seen, leader: leader_seen })
+    let services = ServiceIndex::default();
+    let seen = Facts { pods: pods_seen, node: node_seen, leader: leader_seen, services: services.clone() };
+    (Publisher { pods, node, leader, services, desired }, seen)
 }
 
 /// Tell the cluster. Answered when buffered, not when delivered.
@@ -144,6 +152,8 @@ impl Message for RecordEvent {
 pub enum About {
     Pod { key: PodKey, uid: Option<String> },
     Node,
+    Service { name: ServiceName, uid: String },
+    EndpointSlice { name: ServiceName, uid: String },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -180,6 +190,8 @@ pub struct ClusterSnapshot {
     /// Absent while no full list has been seen.
     pub pods: Option<usize>,
     pub node_seen: bool,
+    /// Absent when Services are not watched.
+    pub services: Option<crate::service::index::Known>,
     pub leader: bool,
     pub events: events::EventStats,
     /// Seconds since a watch last said something.
@@ -215,6 +227,9 @@ pub struct Config {
     pub events_buffered: usize,
     /// One watch instead of a paged list and a watch; needs a server that can.
     pub streaming_lists: bool,
+    /// Watch Services and EndpointSlices; from `services.enabled`.
+    #[serde(skip)]
+    pub services: bool,
 }
 
 impl Default for Config {
@@ -228,6 +243,7 @@ impl Default for Config {
             lease_seconds: 15,
             events_buffered: 1024,
             streaming_lists: false,
+            services: false,
         }
     }
 }
@@ -327,6 +343,17 @@ impl Actor for ClusterWatch {
             watches::node(client.clone(), config.clone(), publisher.clone(), health.clone()),
             ended("the watch of the node"),
         );
+        if config.services {
+            let index = publisher.services.clone();
+            ctx.spawn(
+                services::services(client.clone(), config.clone(), index.clone(), health.clone()),
+                ended("the watch of services"),
+            );
+            ctx.spawn(
+                services::slices(client.clone(), config.clone(), index, health.clone()),
+                ended("the watch of endpoint slices"),
+            );
+        }
         let (buffer, more) = (self.events.clone(), self.more_events.clone());
         ctx.spawn(
             writers::events(client.clone(), buffer, more, facts.clone(), health.clone()),
@@ -378,6 +405,7 @@ impl Handles<ClusterStatus> for ClusterWatch {
             enabled: self.client.is_some(),
             pods: self.facts.pods.borrow().as_ref().map(|p| p.len()),
             node_seen: self.facts.node.borrow().is_some(),
+            services: self.config.services.then(|| self.facts.services.known()),
             leader: *self.facts.leader.borrow(),
             events: self.events.lock().stats(),
             heard_seconds_ago: heard.map(|at| at.elapsed().as_secs()),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{cloud, cluster, cni, debug, netns, pool, telemetry};
+use crate::{cloud, cluster, cni, debug, netns, pool, service, telemetry};
 
 /// No configuration of ours is longer; what is, is not a configuration.
 const LONGEST: u64 = 256 << 10;
@@ -30,6 +30,7 @@ pub struct Config {
     pub netns: netns::Config,
     pub cni: cni::Config,
     pub cluster: cluster::Config,
+    pub services: service::Config,
     pub debug: debug::Config,
 }
 
@@ -46,6 +47,7 @@ impl Default for Config {
             netns: netns::Config::default(),
             cni: cni::Config::default(),
             cluster: cluster::Config::default(),
+            services: service::Config::default(),
             debug: debug::Config::default(),
         }
     }

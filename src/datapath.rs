@@ -28,14 +28,14 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::{MapError, PerCpuValues};
 pub use fairway_ebpf_abi::Counters;
-use fairway_ebpf_abi::{Endpoint, IN_POD, MAX_ENDPOINTS};
+use fairway_ebpf_abi::{EVENT_COUNT, Endpoint, IN_POD, MAX_ENDPOINTS};
 use serde::Serialize;
 
 use self::entry::Entry;
 pub use self::hook::Device;
 use self::hook::{Direction, Place, chain, has_tcx};
 use self::pins::{PinName, Pins, pin_of};
-use self::programs::{CounterMap, Loader, Programs};
+use self::programs::{CounterMap, EventMap, Loader, Programs};
 pub use self::sockets::cgroup_root;
 pub use self::ways::Way;
 use self::ways::Ways;
@@ -49,6 +49,7 @@ pub struct Datapath {
     shared: Programs,
     counters: CounterMap,
     ways: Ways,
+    events: EventMap,
     known: BTreeMap<AttachmentId, Entry>,
     /// Adopted, and still running what an earlier process loaded: a clsact device
     /// inside a pod is out of reach until the next `attach`.
@@ -154,9 +155,10 @@ impl Datapath {
         programs::check_loaded_maps(&pins)?;
         let counters = shared.take_counters()?;
         let ways = Ways::open(&mut shared)?;
+        let events = shared.take_events()?;
         let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact } };
         let (known, dated) = (BTreeMap::new(), BTreeSet::new());
-        let mut datapath = Self { pins, shared, counters, ways, known, dated, loader, options };
+        let mut datapath = Self { pins, shared, counters, ways, events, known, dated, loader, options };
         let mut adoption = Adoption { rotated, ..Default::default() };
         for dir in datapath.pins.pods().map_err(at)? {
             match datapath.adopt(&dir) {
@@ -271,6 +273,16 @@ impl Datapath {
     /// The other way round. Success when they are not there.
     pub fn detach_sockets(&mut self) -> Result<(), DatapathError> {
         sockets::detach(&self.pins)
+    }
+
+    /// What the packet path of Services has done, by `EVENT_*`.
+    pub fn service_events(&self) -> Result<[u64; EVENT_COUNT as usize], DatapathError> {
+        let mut counts = [0; EVENT_COUNT as usize];
+        for (which, count) in (0u32..).zip(&mut counts) {
+            let per_cpu = self.events.get(&which, 0).map_err(DatapathError::Counters)?;
+            *count = per_cpu.iter().sum();
+        }
+        Ok(counts)
     }
 
     /// The maps behind Services, for their owner.

@@ -28,6 +28,8 @@ enum Command {
     },
     /// Show what this node's agent is doing.
     Status(status::Args),
+    /// Show where a connection from this node goes: which Service, which backends, and why.
+    Trace(status::trace::Args),
     /// Install the CNI shim, then the network configuration.
     InstallCni(InstallCni),
     /// A whole VPC on this machine: simulated cloud, Kubernetes stand-in, nodes.
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Agent { config, check } => run_agent(&config, check),
         Command::Status(args) => multi(async move { status::run(&args).await.map_err(Into::into) }),
+        Command::Trace(args) => multi(async move { status::trace::run(&args).await.map_err(Into::into) }),
         Command::InstallCni(args) => install_cni(&args),
         Command::Lab(args) => multi(async move { fairway::lab::cli::run(args).await }),
         Command::Bench(args) => multi(async move { fairway::bench::run(args).await }),

@@ -1,6 +1,8 @@
 //! `fairway status` and `fairway trace`: the debug endpoint for a terminal.
 
 pub mod client;
+mod services;
+pub mod trace;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -36,11 +38,13 @@ pub enum Section {
     Endpoints,
     /// Cloud calls by API and outcome.
     Cloud,
+    /// Services: how many are carried, how full the maps are, what is wrong.
+    Services,
 }
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  fairway status\n  fairway status enis\n  fairway status addresses -o json\n  fairway status --audit       compare ledger, cloud, kernel and cluster by fresh reads"
+    after_help = "Examples:\n  fairway status\n  fairway status enis\n  fairway status addresses -o json\n  fairway status services\n  fairway status --audit       compare ledger, cloud, kernel and cluster by fresh reads"
 )]
 pub struct Args {
     #[arg(value_enum, default_value_t)]
@@ -71,6 +75,7 @@ pub async fn run(args: &Args) -> Result<bool, StatusError> {
         Section::Actors => ("/debug/actors", |v| Ok(actors(v))),
         Section::Endpoints => ("/debug/endpoints", |v| Ok(generic(v))),
         Section::Cloud => ("/debug/cloud", |v| Ok(generic(v))),
+        Section::Services => ("/debug/services", |v| Ok(services::table(&read("/debug/services", v.clone())?))),
     };
     let answer = get(&endpoint, path).await?;
     let text = text(&answer)?;

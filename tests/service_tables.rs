@@ -8,7 +8,8 @@ mod support;
 
 use std::collections::BTreeSet;
 
-use fairway::service::maps::{MemoryMaps, Tables};
+use fairway::service::maps::{Chunk, Counts, MemoryMaps, Tables};
+use fairway::service::problem::Reason;
 use fairway::service::sync::Syncer;
 use fairway_ebpf_abi as abi;
 use proptest::prelude::*;
@@ -138,7 +139,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 80, ..ProptestConfig::default() })]
 
     #[test]
     fn the_tables_say_what_the_rules_say_whatever_happened(steps in steps()) {
@@ -184,6 +185,60 @@ proptest! {
             agree(&w, &fresh.maps.maps.tables);
             prop_assert_eq!(syncer.book.claims().len(), fresh.book.claims().len());
             prop_assert_eq!(syncer.book.used(), counts(&syncer.maps.maps));
+        }
+    }
+
+    /// Too little room, and a kernel that does not take one of the addresses.
+    #[test]
+    fn those_that_cannot_be_had_leave_the_others_whole(
+        steps in steps(),
+        room in (4usize..40, 4usize..60, 4usize..60, 1usize..6),
+        picky in any::<bool>(),
+    ) {
+        let mut w = World::new();
+        let capacity = Counts { frontends: room.0, slots: room.1, backends: room.2, ranges: room.3 };
+        let refuse: fn(&Chunk<'_>, usize) -> bool =
+            |chunk, i| matches!(chunk, Chunk::PutBackends(c) if c[i].addr.octets6()[15] == 3);
+        let refuse = picky.then_some(refuse);
+        let mut syncer = open(MemoryMaps { capacity, refuse, ..MemoryMaps::default() }, &w);
+        for step in steps {
+            let mut t = syncer.maps.maps.tables.clone();
+            syncer.maps.log.clear();
+            let (edits, restart) = match step {
+                Step::Edits(edits) => (edits, false),
+                Step::Restart(edits) | Step::Crash(edits, _) => (edits, true),
+            };
+            let dirty: BTreeSet<_> = edits.iter().flat_map(|e| w.edit(e)).collect();
+            if restart {
+                let maps = std::mem::take(&mut syncer.maps.maps);
+                syncer = open(maps, &w);
+            } else {
+                syncer.book.set_node(w.node.clone().into());
+                syncer.sync(dirty, &w).unwrap();
+            }
+            let unwell: BTreeSet<String> = syncer
+                .book
+                .problems()
+                .filter(|p| p.reason != Reason::Conflict)
+                .map(|p| p.about.to_string())
+                .collect();
+            for q in questions() {
+                match ask(&w, &q) {
+                    Some(wanted) if unwell.contains(&wanted.service) => {}
+                    wanted => {
+                        let wanted = wanted.map(|a| Answer { service: String::new(), ..a });
+                        prop_assert_eq!(read(&syncer.maps.maps.tables, &q), wanted, "{:?}", q);
+                    }
+                }
+            }
+            // The kernel may have refused an entry that is in the log.
+            if !picky {
+                prop_assert!(syncer.book.problems().all(|p| p.reason != Reason::Refused));
+                for op in &syncer.maps.log {
+                    op.apply(&mut t);
+                    questions().for_each(|q| drop(resolve(&t, &key(&q)).unwrap()));
+                }
+            }
         }
     }
 

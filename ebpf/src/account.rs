@@ -4,6 +4,8 @@
 //! counted. Values are per CPU and written with bottom halves off, so plain
 //! additions lose nothing.
 
+use aya_ebpf::bindings::TC_ACT_SHOT;
+use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::{Global, btf_maps::PerCpuHashMap, macros::btf_map, programs::TcContext};
 use fairway_ebpf_abi::{Counters, Endpoint, MAX_ENDPOINTS};
 
@@ -24,6 +26,24 @@ pub fn endpoint(ctx: &TcContext) -> Endpoint {
         // SAFETY: the context is the kernel's and valid while the program runs.
         0 => unsafe { (*ctx.skb.skb).ifindex },
         own => own,
+    }
+}
+
+/// Whether it is attached inside a pod rather than on the node's side.
+#[inline(always)]
+pub fn is_in_pod() -> bool {
+    ENDPOINT.load() != 0
+}
+
+/// The verdict that drops. Inside a pod, on the way out, the plain one would tell
+/// the sender, who would send again at once: a redirect to nowhere does not.
+#[inline(always)]
+pub fn drop() -> i32 {
+    if is_in_pod() {
+        // SAFETY: takes two numbers.
+        unsafe { bpf_redirect(u32::MAX, 0) as i32 }
+    } else {
+        TC_ACT_SHOT
     }
 }
 

@@ -8,16 +8,23 @@
 #![no_main]
 
 mod account;
+mod errors;
+mod flow;
 mod packet;
+mod refuse;
+mod rewrite;
+mod sctp;
 mod service;
 mod short;
 mod socket;
+mod translate;
 
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 
 use packet::Packet;
+use translate::Outcome;
 
 /// Under tcx this is "next program", under clsact "next filter": others may
 /// follow on the same device.
@@ -27,13 +34,17 @@ const NEXT: i32 = TC_ACT_UNSPEC;
 pub fn pod_egress(ctx: TcContext) -> i32 {
     let endpoint = account::endpoint(&ctx);
     if let Some(link) = short::link(endpoint)
-        && let Some(packet) = Packet::parse(&ctx)
+        && let Some(mut packet) = Packet::parse(&ctx)
     {
         if !short::is_own(link, &packet) {
             account::spoofed(&ctx, endpoint);
-            return TC_ACT_SHOT;
+            return account::drop();
         }
-        if let Some(verdict) = short::leave(&ctx, link, &packet) {
+        if let Outcome::Ends(verdict) = translate::leaving(&ctx, link, &mut packet) {
+            account::egress(&ctx, endpoint, false);
+            return verdict;
+        }
+        if let Some(verdict) = short::leave(&ctx, link, &mut packet) {
             account::egress(&ctx, endpoint, true);
             return verdict;
         }
@@ -44,14 +55,20 @@ pub fn pod_egress(ctx: TcContext) -> i32 {
 
 #[classifier]
 pub fn pod_ingress(ctx: TcContext) -> i32 {
-    account::ingress(&ctx, account::endpoint(&ctx));
+    let endpoint = account::endpoint(&ctx);
+    if let Some(link) = short::link(endpoint)
+        && let Some(mut packet) = Packet::parse(&ctx)
+    {
+        translate::entering(&ctx, &mut packet, link.translated != 0);
+    }
+    account::ingress(&ctx, endpoint);
     NEXT
 }
 
 #[classifier]
 pub fn eni_ingress(ctx: TcContext) -> i32 {
     match Packet::parse(&ctx) {
-        Some(packet) => short::arrive(&ctx, &packet),
+        Some(mut packet) => short::arrive(&ctx, &mut packet),
         None => NEXT,
     }
 }

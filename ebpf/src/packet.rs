@@ -7,10 +7,12 @@
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::Addr;
 
+pub const ICMP: u8 = 1;
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
+pub const SCTP: u8 = 132;
 
-const ETHERNET: usize = 14;
+pub const ETHERNET: usize = 14;
 const ETH_P_IP: u16 = 0x0800_u16.to_be();
 const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
 
@@ -29,16 +31,34 @@ pub struct Packet {
     pub v4: bool,
     /// The ports are in the first fragment only.
     pub later_fragment: bool,
+    /// More fragments follow the first.
+    pub first_fragment: bool,
+    /// What fragments of one packet have in common; 0 when it is whole.
+    pub fragment_id: u32,
     /// Where the transport header begins.
     pub transport: usize,
+    /// Where the packet ends, less what the link has padded it with.
+    pub end: usize,
+}
+
+/// Both ports, in network byte order.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Ports {
+    pub source: u16,
+    pub destination: u16,
+}
+
+impl Ports {
+    pub const NONE: Self = Self { source: 0, destination: 0 };
 }
 
 #[repr(C)]
 struct Ipv4 {
     version_length: u8,
     _tos: u8,
-    _length: u16,
-    _id: u16,
+    length: u16,
+    id: u16,
     fragment: u16,
     ttl: u8,
     protocol: u8,
@@ -50,7 +70,7 @@ struct Ipv4 {
 #[repr(C)]
 struct Ipv6 {
     _version: u32,
-    _length: u16,
+    length: u16,
     next: u8,
     hops: u8,
     src: [u32; 4],
@@ -100,7 +120,10 @@ impl Packet {
             hops: ip.ttl,
             v4: true,
             later_fragment: ip.fragment & 0x1fff_u16.to_be() != 0,
+            first_fragment: ip.fragment & 0x3fff_u16.to_be() == 0x2000_u16.to_be(),
+            fragment_id: if ip.fragment & 0x3fff_u16.to_be() != 0 { u32::from(ip.id) } else { 0 },
             transport: ETHERNET + length,
+            end: ETHERNET + usize::from(u16::from_be(ip.length)),
         })
     }
 
@@ -114,7 +137,10 @@ impl Packet {
             hops: ip.hops,
             v4: false,
             later_fragment: false,
+            first_fragment: false,
+            fragment_id: 0,
             transport: ETHERNET + 40,
+            end: ETHERNET + 40 + usize::from(u16::from_be(ip.length)),
         };
         // RFC 8200, section 4.1: more extensions than these is no usual packet.
         for _ in 0..4 {
@@ -126,9 +152,11 @@ impl Packet {
                 }
                 FRAGMENT => {
                     let extension: &[u8; 8] = at(ctx, packet.transport)?;
-                    let offset = u16::from_be_bytes([extension[2], extension[3]]) >> 3;
+                    let offset = u16::from_be_bytes([extension[2], extension[3]]);
                     packet.protocol = extension[0];
-                    packet.later_fragment = offset != 0;
+                    packet.later_fragment = offset >> 3 != 0;
+                    packet.first_fragment = offset == 1;
+                    packet.fragment_id = u32::from_ne_bytes([extension[4], extension[5], extension[6], extension[7]]);
                     packet.transport += 8;
                     if packet.later_fragment {
                         return Some(packet);
@@ -138,6 +166,19 @@ impl Packet {
             }
         }
         None
+    }
+
+    /// [`Ports::NONE`] when it has none, or they are not here. (No `Option`: the
+    /// compiler would spill its undefined half, which the verifier refuses.)
+    #[inline(always)]
+    pub fn ports(&self, ctx: &TcContext) -> Ports {
+        if self.later_fragment || !matches!(self.protocol, TCP | UDP | SCTP) {
+            return Ports::NONE;
+        }
+        match at::<Ports>(ctx, self.transport) {
+            Some(ports) => *ports,
+            None => Ports::NONE,
+        }
     }
 
     /// Whether this opens a TCP connection, from either side. A header that is

@@ -9,8 +9,8 @@ use aya_ebpf::btf_maps::{HashMap, LpmTrie, LruHashMap, lpm_trie::Key};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::btf_map;
 use fairway_ebpf_abi::{
-    Addr, Affinity, AffinityKey, BACKEND_DRAINING, Backend, FRONTEND_AFFINITY, FRONTEND_RANGES, Frontend, FrontendKey, MAX_AFFINITIES,
-    MAX_BACKENDS, MAX_FRONTENDS, MAX_SOURCE_RANGES, RangeKey, SlotKey,
+    Addr, Affinity, AffinityKey, BACKEND_DRAINING, Backend, FRONTEND_AFFINITY, FRONTEND_RANGES, Frontend, FrontendKey,
+    MAX_AFFINITIES, MAX_BACKENDS, MAX_FRONTENDS, MAX_SOURCE_RANGES, RangeKey, SlotKey,
 };
 
 use crate::account::NO_PREALLOC;

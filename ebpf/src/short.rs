@@ -5,7 +5,7 @@
 //! `redirect_neigh`, which asks for the next hop's address and keeps it fresh, or
 //! into a pod of this node by `redirect_peer`, which hands the packet over inside
 //! the pod's namespace. That skips the program at the other pod's door, so the
-//! one who hands over counts for it.
+//! one who hands over counts and translates for it.
 
 use aya_ebpf::bindings::{bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1};
 use aya_ebpf::btf_maps::HashMap;
@@ -19,6 +19,7 @@ use fairway_ebpf_abi::{
 use crate::NEXT;
 use crate::account::{self, NO_PREALLOC};
 use crate::packet::Packet;
+use crate::translate;
 
 #[btf_map]
 static LINKS: HashMap<Endpoint, Link, { MAX_ENDPOINTS as usize }, NO_PREALLOC> = HashMap::new();
@@ -51,6 +52,22 @@ fn is_node(addr: &Addr) -> bool {
     NODE.get_ptr(addr).is_some()
 }
 
+/// From now on all TCP packets of this pod are looked at.
+#[inline(always)]
+pub fn mark_translated(endpoint: Endpoint, link: &Link) {
+    // SAFETY: values of the maps; every writer here writes the same number.
+    unsafe {
+        if let Some(link) = LINKS.get_ptr_mut(&endpoint) {
+            (*link).translated = 1;
+        }
+        for addr in [&link.v4, &link.v6] {
+            if let Some(pod) = PODS.get_ptr_mut(addr) {
+                (*pod).translated = 1;
+            }
+        }
+    }
+}
+
 /// Whether the packet comes from the pod behind this link. IPv6 link-local
 /// sources never leave the link.
 #[inline(always)]
@@ -81,12 +98,12 @@ fn stays_here(packet: &Packet) -> bool {
 
 /// A packet from a pod: where it goes, if it may go the short way.
 #[inline(always)]
-pub fn leave(ctx: &TcContext, link: &Link, packet: &Packet) -> Option<i32> {
+pub fn leave(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Option<i32> {
     if link.flags & LINK_SHORT == 0 || packet.hops <= 1 || packet.opens_tcp(ctx) || stays_here(packet) {
         return None;
     }
     if let Some(pod) = pod(&packet.dst) {
-        return hand_over(ctx, pod);
+        return hand_over(ctx, pod, packet);
     }
     if is_node(&packet.dst) {
         return None;
@@ -108,21 +125,22 @@ pub fn leave(ctx: &TcContext, link: &Link, packet: &Packet) -> Option<i32> {
 
 /// A packet from outside that is a pod's.
 #[inline(always)]
-pub fn arrive(ctx: &TcContext, packet: &Packet) -> i32 {
+pub fn arrive(ctx: &TcContext, packet: &mut Packet) -> i32 {
     if packet.hops <= 1 {
         return NEXT;
     }
     match pod(&packet.dst) {
-        Some(pod) if !packet.opens_tcp(ctx) => hand_over(ctx, pod).unwrap_or(NEXT),
+        Some(pod) if !packet.opens_tcp(ctx) => hand_over(ctx, pod, packet).unwrap_or(NEXT),
         _ => NEXT,
     }
 }
 
 #[inline(always)]
-fn hand_over(ctx: &TcContext, pod: &Pod) -> Option<i32> {
+fn hand_over(ctx: &TcContext, pod: &Pod, packet: &mut Packet) -> Option<i32> {
     if pod.flags & POD_SHORT == 0 {
         return None;
     }
+    translate::entering(ctx, packet, pod.translated != 0);
     account::short_ingress(ctx, pod.endpoint);
     // SAFETY: takes two numbers.
     Some(unsafe { bpf_redirect_peer(pod.ifindex, 0) } as i32)

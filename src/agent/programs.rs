@@ -10,6 +10,7 @@ use std::os::fd::AsFd as _;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use crate::datapath::services::KernelMaps;
 use crate::datapath::{Datapath, DatapathError, Device, Way};
 use crate::model::{AttachMode, AttachmentId, Lease};
 use crate::netns::{Attachment, Placed, PodPrograms};
@@ -100,6 +101,11 @@ impl Programs {
     /// Below 6.6 an attachment is lost when the device moves.
     fn too_early(&self, of: &Attachment<'_>) -> bool {
         of.lease.mode == AttachMode::Exclusive && of.eni_ifindex.is_some() && !self.datapath.lock().moves_with_device()
+    }
+
+    /// The maps of Services, with descriptors of their own.
+    pub fn service_maps(&self) -> Result<KernelMaps, String> {
+        self.datapath.lock().service_maps().map_err(|e| e.to_string())
     }
 
     fn on_device<R>(

@@ -128,6 +128,13 @@ impl Events {
                 json!({"apiVersion": "v1", "kind": "Pod", "namespace": key.namespace, "name": key.name, "uid": uid})
             }
             About::Node => json!({"apiVersion": "v1", "kind": "Node", "name": self.node, "uid": node_uid}),
+            About::Service { name, uid } => {
+                json!({"apiVersion": "v1", "kind": "Service", "namespace": name.namespace, "name": name.name, "uid": uid})
+            }
+            About::EndpointSlice { name, uid } => json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+                "namespace": name.namespace, "name": name.name, "uid": uid,
+            }),
         };
         let mut body = json!({
             "apiVersion": "events.k8s.io/v1",
@@ -191,6 +198,7 @@ fn namespace(about: &About) -> String {
     match about {
         About::Pod { key, .. } => key.namespace.clone(),
         About::Node => "default".into(),
+        About::Service { name, .. } | About::EndpointSlice { name, .. } => name.namespace.to_string(),
     }
 }
 
@@ -198,6 +206,7 @@ fn event_name(about: &About, node: &str, now: Timestamp, serial: u64) -> String 
     let object = match about {
         About::Pod { key, .. } => &key.name,
         About::Node => node,
+        About::Service { name, .. } | About::EndpointSlice { name, .. } => &name.name,
     };
     let base = cut(object, 200);
     format!("{}.{:x}{:x}", base.trim_end_matches(['.', '-']), now.as_microsecond(), serial & 0xfff)

@@ -18,19 +18,23 @@ use super::index::{Change, Index};
 use super::{Config, Health, NodeInfo, PodInfo, Publisher};
 use crate::model::PodKey;
 
-type Item<K> = watcher::Result<Event<DeserializeGuard<K>>>;
+pub(super) type Item<K> = watcher::Result<Event<DeserializeGuard<K>>>;
 
 /// Between lists, should a server forget faster than we read.
 const NEW_LIST_PAUSE: Duration = Duration::from_secs(1);
 
 fn watch_config(config: &Config, field: &str) -> watcher::Config {
-    let selected = watcher::Config::default().fields(field);
+    listed(config, watcher::Config::default().fields(field))
+}
+
+/// How the first list is to be had.
+pub(super) fn listed(config: &Config, selected: watcher::Config) -> watcher::Config {
     if config.streaming_lists { selected.streaming_lists() } else { selected }
 }
 
 /// kube's watcher, begun anew when the server answers 410 Gone to the request
 /// itself: it starts over by itself only when the stream says so.
-fn stream<K>(api: Api<DeserializeGuard<K>>, config: watcher::Config) -> impl Stream<Item = Item<K>>
+pub(super) fn stream<K>(api: Api<DeserializeGuard<K>>, config: watcher::Config) -> impl Stream<Item = Item<K>>
 where
     DeserializeGuard<K>:
         kube::Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send,

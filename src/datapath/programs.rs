@@ -9,14 +9,15 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use aya::maps::{Map, MapInfo, MapType, PerCpuHashMap};
+use aya::maps::{Map, MapError, MapInfo, MapType, PerCpuArray, PerCpuHashMap};
 use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use fairway_ebpf_abi::{
-    AFFINITIES, Addr, Affinity, AffinityKey, BACKENDS, Backend, COUNTERS, Counters, ENDPOINT, ENI_INGRESS, Endpoint,
-    FRONTENDS, Frontend, FrontendKey, IN_POD, LINKS, Link, MAX_AFFINITIES, MAX_BACKENDS, MAX_ENDPOINTS, MAX_FRONTENDS,
-    MAX_NAMESPACES, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, NAMESPACES, NODE, ORIGINALS,
-    Original, POD_EGRESS, POD_INGRESS, PODS, Pod, SLOTS, SOCKETS, SOURCE_RANGES, SlotKey, SocketKey, TrieKey,
+    AFFINITIES, Addr, Affinity, AffinityKey, BACKENDS, Backend, COUNTERS, Counters, ENDPOINT, ENI_INGRESS, EVENT_COUNT,
+    EVENTS, Endpoint, FLOWS, FRAGMENTS, FRONTENDS, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, IN_POD,
+    LINKS, Link, MAX_AFFINITIES, MAX_BACKENDS, MAX_ENDPOINTS, MAX_FLOWS, MAX_FRAGMENTS, MAX_FRONTENDS, MAX_NAMESPACES,
+    MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, NAMESPACES, NODE, ORIGINALS, Original,
+    POD_EGRESS, POD_INGRESS, PODS, Pod, SLOTS, SOCKETS, SOURCE_RANGES, SlotKey, SocketKey, TrieKey,
 };
 
 use super::hook::Direction;
@@ -39,7 +40,7 @@ struct MapSpec {
 }
 
 /// Every pinned map.
-const MAPS: [MapSpec; 12] = [
+const MAPS: [MapSpec; 15] = [
     hash::<Endpoint, Counters>(COUNTERS, MAX_ENDPOINTS).of_type(MapType::PerCpuHash),
     hash::<Endpoint, Link>(LINKS, MAX_ENDPOINTS),
     hash::<Addr, Pod>(PODS, MAX_POD_ADDRESSES),
@@ -51,6 +52,9 @@ const MAPS: [MapSpec; 12] = [
     lru::<AffinityKey, Affinity>(AFFINITIES, MAX_AFFINITIES),
     hash::<u64, u32>(NAMESPACES, MAX_NAMESPACES),
     lru::<SocketKey, Original>(SOCKETS, MAX_SOCKETS),
+    MapSpec { flags: 0, ..hash::<FlowKey, Flow>(FLOWS, MAX_FLOWS) },
+    lru::<FragmentKey, Fragment>(FRAGMENTS, MAX_FRAGMENTS),
+    MapSpec { flags: 0, ..hash::<u32, u64>(EVENTS, EVENT_COUNT).of_type(MapType::PerCpuArray) },
     MapSpec { max_entries: 0, ..hash::<i32, Original>(ORIGINALS, 0).of_type(MapType::SkStorage) },
 ];
 
@@ -129,6 +133,7 @@ pub(super) fn rotate_foreign_maps(pins: &Pins) -> io::Result<Vec<String>> {
     Ok(rotated)
 }
 
+pub(super) type EventMap = PerCpuArray<aya::maps::MapData, u64>;
 pub(super) type CounterMap = PerCpuHashMap<aya::maps::MapData, Endpoint, Counters>;
 
 /// The constants that programs are loaded with: 0, and every number of a device
@@ -210,6 +215,10 @@ impl Programs {
     /// A map, to keep; of one load only, and only once.
     pub(super) fn take_map(&mut self, name: &str) -> Result<Map, DatapathError> {
         self.object.take_map(name).ok_or_else(|| DatapathError::Object(format!("no map {name}")))
+    }
+
+    pub(super) fn take_events(&mut self) -> Result<EventMap, DatapathError> {
+        self.take_map(EVENTS)?.try_into().map_err(|e: MapError| DatapathError::Object(e.to_string()))
     }
 
     pub(super) fn take_counters(&mut self) -> Result<CounterMap, DatapathError> {

@@ -56,7 +56,7 @@ impl Ways {
 
     pub(super) fn set(&mut self, endpoint: Endpoint, way: &Way) -> Result<(), DatapathError> {
         let addr = |ip: Option<Ipv6Addr>| ip.map_or(Addr::default(), |ip| IpAddr::V6(ip).into());
-        let link = Link {
+        let mut link = Link {
             v4: IpAddr::V4(way.v4).into(),
             v6: addr(way.v6),
             gateway4: IpAddr::V4(way.gateway4).into(),
@@ -64,8 +64,13 @@ impl Ways {
             cookie: way.cookie.unwrap_or(0),
             eni: way.eni.unwrap_or(0),
             flags: if way.short { LINK_SHORT } else { 0 },
+            translated: 0,
+            _pad: 0,
         };
-        if let Ok(old) = self.links.get(&endpoint, 0)
+        let old = found(self.links.get(&endpoint, 0))?;
+        // Its connections go on.
+        link.translated = old.map_or(0, |old| old.translated);
+        if let Some(old) = old
             && (old.v4, old.v6, old.cookie) != (link.v4, link.v6, link.cookie)
         {
             self.forget_keys(endpoint, &old)?;
@@ -78,7 +83,7 @@ impl Ways {
         // Those with an ENI of their own are reached through the VPC.
         let flags = if way.short && !way.limited { POD_SHORT } else { 0 };
         for addr in addresses(&link).filter(|_| way.eni.is_some()) {
-            let pod = Pod { endpoint, ifindex: endpoint, flags };
+            let pod = Pod { endpoint, ifindex: endpoint, flags, translated: link.translated };
             self.pods.insert(addr, pod, 0).map_err(DatapathError::Ways)?;
         }
         Ok(())

@@ -156,21 +156,35 @@ impl Adopted {
         self.take_draining(wanted, to);
     }
 
-    /// Nobody's: to be deleted. `kept` says of a frontend that it is in use.
-    pub fn leave(self, kept: impl Fn(&abi::FrontendKey) -> bool, numbers: &mut Numbers, to: &mut Writes) {
-        let sets = self.named_by.keys().chain(self.slots.keys()).chain(self.ranges.keys());
-        sets.filter(|id| !self.taken.contains(id)).for_each(|id| numbers.sets.take_back(*id));
-        dismiss(self.frontends.into_keys(), kept, to);
+    /// Nobody's: to be deleted. Sets that a frontend still names are left alone:
+    /// its Service could not be moved off them.
+    pub fn leave(&self, named: &HashSet<u32>, kept: impl Fn(&abi::FrontendKey) -> bool, to: &mut Writes) {
+        dismiss(self.frontends.keys().copied(), kept, to);
+        let mut used: HashSet<u32> = HashSet::new();
         let own: HashSet<abi::SlotKey> = to.put_slots.iter().map(|(k, _)| *k).collect();
-        for (set, slots) in self.slots {
-            let keys = slots.into_keys().map(|slot| abi::SlotKey { set, slot });
+        for (set, slots) in &self.slots {
+            if named.contains(set) && !self.taken.contains(set) {
+                used.extend(slots.values().map(|b| b.id));
+                continue;
+            }
+            let keys = slots.keys().map(|slot| abi::SlotKey { set: *set, slot: *slot });
             to.delete_slots.extend(keys.filter(|k| !own.contains(k)));
         }
-        to.delete_ranges.extend(self.ranges.into_values().flatten());
-        for (id, backend) in self.backends {
-            numbers.backends.take_back(id);
-            to.delete_backends.push(id);
-            to.gone.push(Gone { protocol: None, backend });
+        let ranges = self.ranges.iter().filter(|(set, _)| !named.contains(set));
+        to.delete_ranges.extend(ranges.flat_map(|(_, ranges)| ranges));
+        for (id, backend) in self.backends.iter().filter(|(id, _)| !used.contains(id)) {
+            to.delete_backends.push(*id);
+            to.gone.push(Gone { protocol: None, backend: *backend });
         }
+    }
+
+    /// The numbers of what has been deleted.
+    pub fn take_back(self, named: &HashSet<u32>, numbers: &mut Numbers) {
+        let sets = self.named_by.keys().chain(self.slots.keys()).chain(self.ranges.keys());
+        sets.filter(|id| !self.taken.contains(id) && !named.contains(id)).for_each(|id| numbers.sets.take_back(*id));
+        let slots = self.slots.iter().filter(|(set, _)| named.contains(set));
+        let used: HashSet<u32> = slots.flat_map(|(_, slots)| slots.values().map(|b| b.id)).collect();
+        let gone = self.backends.keys().filter(|id| !used.contains(id));
+        gone.for_each(|id| numbers.backends.take_back(*id));
     }
 }

@@ -39,7 +39,6 @@ struct Entry {
     uid: Box<str>,
     claimed: Vec<(abi::FrontendKey, Origin)>,
     installed: Installed,
-    problems: Vec<Problem>,
 }
 
 pub struct Book {
@@ -51,6 +50,9 @@ pub struct Book {
     capacity: Counts,
     used: Counts,
     health: BTreeMap<ServiceName, Health>,
+    problems: BTreeMap<ServiceName, Vec<Problem>>,
+    /// Services with entries, and sets.
+    sizes: (usize, usize),
     /// Not served as wanted, for want of room or by the kernel's refusal.
     waiting: BTreeSet<ServiceName>,
 }
@@ -60,9 +62,16 @@ pub struct Book {
 pub struct Round {
     changes: Vec<Change>,
     /// What an earlier run has left, less what is somebody's by now.
-    leftovers: Option<Writes>,
+    leftovers: Option<Adopted>,
     /// Services looked at.
     pub compiled: usize,
+}
+
+impl Round {
+    /// Sets that a frontend names when the round is done.
+    fn named(&self) -> HashSet<u32> {
+        self.changes.iter().flat_map(|c| c.new.frontends.iter().map(|(_, f)| f.set)).collect()
+    }
 }
 
 struct Change {
@@ -89,6 +98,8 @@ impl Book {
             adopted: Some(adopted),
             capacity,
             health: BTreeMap::new(),
+            problems: BTreeMap::new(),
+            sizes: (0, 0),
             waiting: BTreeSet::new(),
         }
     }
@@ -136,12 +147,7 @@ impl Book {
             let change = self.change(name, &wanted, adopted.as_mut(), &mut peak);
             round.changes.extend(change);
         }
-        if let Some(adopted) = adopted {
-            let mut writes = Writes::default();
-            let claims = &self.claims;
-            adopted.leave(|key| claims.owner(key).is_some(), &mut self.numbers, &mut writes);
-            round.leftovers = Some(writes);
-        }
+        round.leftovers = adopted;
         round
     }
 
@@ -221,8 +227,9 @@ impl Book {
                 stays(&entry.installed, &identity, &self.claims)
             }
         };
-        entry.problems = problems;
-        Some(Change { name, old: entry.installed.clone(), new: change, refused: None })
+        let old = entry.installed.clone();
+        self.set_problems(&name, problems);
+        Some(Change { name, old, new: change, refused: None })
     }
 
     /// The writes of a round.
@@ -247,11 +254,7 @@ impl Book {
             round.changes.iter().flat_map(|c| c.new.frontends.iter().map(|f| f.0)).collect();
         dismiss(dropped, |key| kept.contains(key), &mut out);
         if let Some(left) = &round.leftovers {
-            out.delete_frontends.extend(&left.delete_frontends);
-            out.delete_slots.extend(&left.delete_slots);
-            out.delete_ranges.extend(&left.delete_ranges);
-            out.delete_backends.extend(&left.delete_backends);
-            out.gone.extend(&left.gone);
+            left.leave(&round.named(), |key| kept.contains(key), &mut out);
         }
         out
     }
@@ -265,9 +268,16 @@ impl Book {
             change.refused = Some(std::mem::replace(&mut change.new, stays));
         }
         self.waiting.insert(of.clone());
-        if let Some(entry) = self.entries.get_mut(of) {
-            entry.problems.retain(|p| p.reason != Reason::Refused);
-            entry.problems.push(Problem::new(of, &entry.uid, Reason::Refused, cause.to_owned()));
+        let uid = self.entries.get(of).map(|e| e.uid.clone()).unwrap_or_default();
+        let mut problems = self.problems.remove(of).unwrap_or_default();
+        problems.push(Problem::new(of, &uid, Reason::Refused, cause.to_owned()));
+        self.set_problems(of, problems);
+    }
+
+    fn set_problems(&mut self, of: &ServiceName, problems: Vec<Problem>) {
+        match problems.is_empty() {
+            true => drop(self.problems.remove(of)),
+            false => drop(self.problems.insert(of.clone(), problems)),
         }
     }
 
@@ -279,8 +289,11 @@ impl Book {
                 _ => self.numbers.sets.marked(mark.id),
             }
         }
-        if round.leftovers.is_some() {
-            self.adopted = None;
+        // What was adopted is counted only as what has become of it.
+        let first = round.leftovers.is_some();
+        let named = if first { round.named() } else { HashSet::new() };
+        if let Some(left) = round.leftovers {
+            left.take_back(&named, &mut self.numbers);
             self.used = Counts::default();
         }
         for change in round.changes {
@@ -289,14 +302,21 @@ impl Book {
             if let Some(refused) = &change.refused {
                 take_back(refused, &is, &mut self.numbers);
             }
-            if round.leftovers.is_none() {
+            if !first {
                 let Some(entry) = self.entries.get(&change.name) else { continue };
                 self.used -= entry.installed.counts();
             }
             self.used += is.counts();
             let Some(entry) = self.entries.get_mut(&change.name) else { continue };
-            let idle = is.is_empty() && entry.claimed.is_empty() && entry.problems.is_empty();
-            entry.installed = is;
+            let was = std::mem::replace(&mut entry.installed, is);
+            let is = &entry.installed;
+            self.sizes.0 += usize::from(!is.is_empty());
+            self.sizes.1 += is.sets.len();
+            if !first {
+                self.sizes.0 -= usize::from(!was.is_empty());
+                self.sizes.1 -= was.sets.len();
+            }
+            let idle = is.is_empty() && entry.claimed.is_empty() && !self.problems.contains_key(&change.name);
             if idle && !self.waiting.contains(&change.name) {
                 self.entries.remove(&change.name);
             }
@@ -330,11 +350,11 @@ impl Book {
     }
 
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
-        self.entries.values().flat_map(|e| &e.problems)
+        self.problems.values().flatten()
     }
 
     pub fn problems_of(&self, name: &ServiceName) -> &[Problem] {
-        self.entries.get(name).map_or(&[], |e| &e.problems)
+        self.problems.get(name).map_or(&[], Vec::as_slice)
     }
 
     pub fn used(&self) -> Counts {
@@ -347,8 +367,7 @@ impl Book {
 
     /// Services with an entry in the tables, and their sets.
     pub fn sizes(&self) -> (usize, usize) {
-        let with = self.entries.values().filter(|e| !e.installed.is_empty());
-        with.fold((0, 0), |(services, sets), e| (services + 1, sets + e.installed.sets.len()))
+        self.sizes
     }
 }
 

@@ -9,7 +9,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::model::{Endpoint, Hints, NodeFacts, ServicePort, Slice};
 
@@ -26,7 +26,7 @@ pub struct Candidate<'a> {
 }
 
 /// Readiest first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     Ready,
@@ -69,7 +69,7 @@ pub fn candidates<'a>(slices: &'a [Arc<Slice>], port: &ServicePort, v6: bool, no
 }
 
 /// Whether an endpoint takes new flows, or why it does not.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     Chosen,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use fairway_ebpf_abi as abi;
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::choose::{Candidate, Choice, State, Verdict, candidates};
 use super::model::{NodeFacts, Protocol, Service, ServicePort, Slice};
@@ -64,7 +64,7 @@ pub struct WantedFrontend {
 /// What made an address a Service's. When two Services want the same, a cluster
 /// address goes before every other: those are given by the control plane, while
 /// others may be anybody's wish.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Origin {
     ClusterIp,

@@ -209,7 +209,7 @@ fn ranges(texts: Vec<String>) -> Result<Box<[IpNet]>, Refused> {
     let parsed: Result<BTreeSet<IpNet>, Refused> = texts
         .iter()
         .map(|text| match text.trim().parse::<IpNet>() {
-            Ok(net) if matches!(net, IpNet::V6(n) if n.network().to_ipv4_mapped().is_some()) => {
+            Ok(IpNet::V6(net)) if net.network().to_ipv4_mapped().is_some() => {
                 refused(format!("loadBalancerSourceRanges: {text:?} is an IPv4 range in IPv6 clothes"))
             }
             Ok(net) => Ok(net.trunc()),

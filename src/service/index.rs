@@ -58,7 +58,7 @@ pub struct Dirty {
 }
 
 /// How much is known.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Known {
     pub services: usize,
     pub slices: usize,
@@ -187,13 +187,13 @@ impl Index {
         });
     }
 
-    /// Everything is to be looked at: the node is not what it was.
-    pub fn mark_all_dirty(&self) {
-        self.edit(|inner| {
-            let all: Vec<_> = inner.services.keys().cloned().collect();
-            inner.dirty.extend(all);
-            true
-        });
+    /// Full lists of both kinds have been seen.
+    pub fn complete(&self) -> bool {
+        self.inner.lock().complete == [true, true]
+    }
+
+    pub fn names(&self) -> Vec<ServiceName> {
+        self.inner.lock().services.keys().cloned().collect()
     }
 
     pub fn problems(&self) -> Vec<Problem> {

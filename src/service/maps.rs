@@ -20,7 +20,7 @@ pub struct Tables {
 }
 
 /// Entries by table: how many there are, or how many there can be.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Counts {
     pub frontends: usize,
     pub slots: usize,
@@ -142,6 +142,21 @@ pub trait ServiceMaps {
     /// directly do not find out otherwise.
     fn backends_gone(&mut self, gone: &[Gone]) {
         let _ = gone;
+    }
+}
+
+impl<T: ServiceMaps + ?Sized> ServiceMaps for Box<T> {
+    fn read_all(&mut self) -> Result<Tables, ReadFailed> {
+        (**self).read_all()
+    }
+    fn apply(&mut self, chunk: Chunk<'_>) -> Result<(), WriteFailed> {
+        (**self).apply(chunk)
+    }
+    fn capacity(&self) -> Counts {
+        (**self).capacity()
+    }
+    fn backends_gone(&mut self, gone: &[Gone]) {
+        (**self).backends_gone(gone);
     }
 }
 

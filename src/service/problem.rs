@@ -1,10 +1,10 @@
 //! What is wrong with a Service on this node, in words.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::model::ServiceName;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Reason {
     /// The Service object cannot be.
     InvalidService,
@@ -52,7 +52,7 @@ impl Reason {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
     /// The Service, or the EndpointSlice when that is what cannot be.
     pub about: ServiceName,

@@ -64,6 +64,7 @@ pub struct Api {
 }
 
 pub const NODE: &str = "/api/v1/nodes/n1";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/endpointslices";
 pub const LEASE: &str = "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases/fairway-leader";
 
 impl Api {
@@ -160,8 +161,11 @@ fn status(code: u16, reason: &str) -> Response {
 }
 
 fn selected(path: &str, object: &Value, collection: &str, selector: Option<&String>) -> bool {
+    let namespaced = |root: &str, kind: &str| path.starts_with(root) && path.contains(kind);
     let in_it = match collection {
-        "/api/v1/pods" => path.starts_with("/api/v1/namespaces/") && path.contains("/pods/"),
+        "/api/v1/pods" => namespaced("/api/v1/namespaces/", "/pods/"),
+        "/api/v1/services" => namespaced("/api/v1/namespaces/", "/services/"),
+        SLICES => namespaced("/apis/discovery.k8s.io/v1/namespaces/", "/endpointslices/"),
         other => path.strip_prefix(other).is_some_and(|rest| rest.starts_with('/')),
     };
     in_it
@@ -184,7 +188,7 @@ async fn serve(
     shared.store.lock().requests.push(format!("{method} {path}{}", if watching { " watch" } else { "" }));
     let body: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
     let selector = query.get("fieldSelector").cloned();
-    let collection = matches!(path.as_str(), "/api/v1/pods" | "/api/v1/nodes");
+    let collection = matches!(path.as_str(), "/api/v1/pods" | "/api/v1/nodes" | "/api/v1/services" | SLICES);
     match (method.as_str(), collection) {
         ("GET", true) if watching => {
             let from = query.get("resourceVersion").and_then(|v| v.parse().ok()).unwrap_or(0);

@@ -309,6 +309,7 @@ pub fn about(event: &RecordEvent) -> String {
     match &event.about {
         About::Pod { key, .. } => key.to_string(),
         About::Node => "node".into(),
+        About::Service { name, .. } | About::EndpointSlice { name, .. } => name.to_string(),
     }
 }
 

@@ -69,6 +69,10 @@ pub struct Link {
     pub eni: u32,
     /// `LINK_*`.
     pub flags: u32,
+    /// Not 0 once a TCP connection of the pod was translated packet by packet:
+    /// from then on all its TCP packets are looked at. Written by the programs.
+    pub translated: u32,
+    pub _pad: u32,
 }
 
 /// Packets may go straight out of the ENI and straight to pods of this node.
@@ -83,6 +87,8 @@ pub struct Pod {
     pub ifindex: u32,
     /// `POD_*`.
     pub flags: u32,
+    /// As in [`Link`].
+    pub translated: u32,
 }
 
 /// Packets to it may be handed over past the node's stack: its link has no queue
@@ -92,8 +98,8 @@ pub const POD_SHORT: u32 = 1;
 const _: () = {
     assert!(size_of::<Endpoint>() == 4);
     assert!(size_of::<Counters>() == 7 * 8 && align_of::<Counters>() == 8);
-    assert!(size_of::<Link>() == 8 + 4 * 16 + 2 * 4 && align_of::<Link>() == 8);
-    assert!(size_of::<Pod>() == 3 * 4 && align_of::<Pod>() == 4);
+    assert!(size_of::<Link>() == 8 + 4 * 16 + 4 * 4 && align_of::<Link>() == 8);
+    assert!(size_of::<Pod>() == 4 * 4 && align_of::<Pod>() == 4);
 };
 
 // SAFETY: each is `repr(C)`, has no padding (asserted above), and any bytes are

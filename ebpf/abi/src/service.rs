@@ -24,6 +24,7 @@ pub const MAX_AFFINITIES: u32 = 1 << 16;
 pub const MAX_NAMESPACES: u32 = 8192;
 pub const MAX_SOCKETS: u32 = 1 << 16;
 pub const MAX_FLOWS: u32 = 1 << 17;
+pub const MAX_FRAGMENTS: u32 = 1 << 13;
 
 /// Names of maps: [`Frontend`] by [`FrontendKey`], [`Backend`] by [`SlotKey`],
 /// [`Backend`] by its id, [`u32`] (unused) by [`RangeKey`], [`Affinity`] by
@@ -40,6 +41,31 @@ pub const ORIGINALS: &str = "ORIGINALS";
 /// [`FlowKey`].
 pub const SOCKETS: &str = "SOCKETS";
 pub const FLOWS: &str = "FLOWS";
+/// [`Addr`] by [`FragmentKey`].
+pub const FRAGMENTS: &str = "FRAGMENTS";
+/// Counts of what the packet path did, by `EVENT_*`; one per CPU.
+pub const EVENTS: &str = "EVENTS";
+
+/// A new flow of the packet path was given a backend.
+pub const EVENT_CHOSEN: u32 = 0;
+/// A client was told that nobody is there.
+pub const EVENT_REFUSED: u32 = 1;
+/// Not in the frontend's source ranges.
+pub const EVENT_NOT_ADMITTED: u32 = 2;
+/// The flow table is full.
+pub const EVENT_TABLE_FULL: u32 = 3;
+/// A flow has left a backend that is gone.
+pub const EVENT_MOVED: u32 = 4;
+/// An ICMP error was translated.
+pub const EVENT_ERROR_TRANSLATED: u32 = 5;
+/// A packet could not be rewritten.
+pub const EVENT_UNWRITABLE: u32 = 6;
+pub const EVENT_COUNT: u32 = 7;
+
+/// The client that a pod sees when it talks to itself through a Service: a packet
+/// with its own source would be dropped by its stack.
+pub const HAIRPIN4: Addr = Addr::from_octets4([169, 254, 42, 1]);
+pub const HAIRPIN6: Addr = Addr::from_octets6([0xfd, 0x66, 0x61, 0x69, 0x72, 0x77, 0x61, 0x79, 0, 0, 0, 0, 0, 0, 0, 1]);
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -193,6 +219,24 @@ pub struct FlowKey {
     pub _pad: u16,
 }
 
+/// The later fragments of a packet whose first one was translated.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FragmentKey {
+    pub src: Addr,
+    pub dst: Addr,
+    pub id: u32,
+    pub protocol: u32,
+}
+
+/// Which address of the fragments changes, and to what.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fragment {
+    pub src: Addr,
+    pub dst: Addr,
+}
+
 /// Client to Service: authoritative, holds the backend.
 pub const FLOW_FORWARD: u8 = 0;
 /// Backend to client: how the reply is to look. The next forward packet restores
@@ -225,6 +269,7 @@ const _: () = {
     assert!(size_of::<SocketKey>() == 32);
     assert!(size_of::<FlowKey>() == 40);
     assert!(size_of::<Flow>() == 32);
+    assert!(size_of::<FragmentKey>() == 40 && size_of::<Fragment>() == 32);
 };
 
 // SAFETY: each is `repr(C)`, has no padding (asserted above), and any bytes are
@@ -244,4 +289,6 @@ mod user {
     unsafe impl aya::Pod for SocketKey {}
     unsafe impl aya::Pod for FlowKey {}
     unsafe impl aya::Pod for Flow {}
+    unsafe impl aya::Pod for FragmentKey {}
+    unsafe impl aya::Pod for Fragment {}
 }

@@ -1,0 +1,164 @@
+//! ICMP errors about translated flows: the packet they quote is translated as
+//! well, or whoever sent it would not know it. Path MTU discovery through a
+//! Service works by this.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::programs::TcContext;
+use fairway_ebpf_abi::{Addr, EVENT_ERROR_TRANSLATED, EVENT_UNWRITABLE, FlowKey};
+
+use crate::flow::{self, FORWARD, REVERSE};
+use crate::packet::{ICMP, Packet, SCTP, TCP, UDP};
+use crate::rewrite::{End, ICMP6};
+
+/// What an error quotes: the packet that caused it.
+struct Quoted {
+    v4: bool,
+    src: Addr,
+    dst: Addr,
+    protocol: u8,
+    sport: u16,
+    dport: u16,
+    /// Where its network and transport headers begin.
+    network: usize,
+    transport: usize,
+}
+
+impl Quoted {
+    /// `None` when the packet is no error or quotes too little.
+    #[inline(always)]
+    fn of(ctx: &TcContext, packet: &Packet) -> Option<Self> {
+        if packet.later_fragment {
+            return None;
+        }
+        let kind: u8 = ctx.load(packet.transport).ok()?;
+        let error = match packet.protocol {
+            // Unreachable, time exceeded, parameter problem.
+            ICMP => matches!(kind, 3 | 11 | 12),
+            // Also: packet too big.
+            ICMP6 => matches!(kind, 1..=4),
+            _ => false,
+        };
+        if !error {
+            return None;
+        }
+        let network = packet.transport + 8;
+        let (src, dst, protocol, transport) = if packet.v4 {
+            let first: u8 = ctx.load(network).ok()?;
+            let ends: [u32; 2] = ctx.load(network + 12).ok()?;
+            let length = usize::from(first & 0x0f) * 4;
+            (Addr::v4(ends[0]), Addr::v4(ends[1]), ctx.load(network + 9).ok()?, network + length)
+        } else {
+            let src: [u32; 4] = ctx.load(network + 8).ok()?;
+            let dst: [u32; 4] = ctx.load(network + 24).ok()?;
+            (Addr::v6(src), Addr::v6(dst), ctx.load(network + 6).ok()?, network + 40)
+        };
+        if !matches!(protocol, TCP | UDP | SCTP) {
+            return None;
+        }
+        let ports: [u16; 2] = ctx.load(transport).ok()?;
+        Some(Self { v4: packet.v4, src, dst, protocol, sport: ports[0], dport: ports[1], network, transport })
+    }
+
+    /// The flow's key as seen from the other end of the quoted packet.
+    #[inline(always)]
+    fn answered(&self, kind: u8) -> FlowKey {
+        FlowKey {
+            src: self.dst,
+            dst: self.src,
+            sport: self.dport,
+            dport: self.sport,
+            protocol: self.protocol,
+            kind,
+            _pad: 0,
+        }
+    }
+
+    /// Changes one end of the quoted packet. Its own header checksum makes up for
+    /// an IPv4 address in the sum around it; everything else is made up for there.
+    #[inline(always)]
+    fn set(&self, ctx: &TcContext, around: &Packet, end: End, to: &Addr, port: u16) -> Option<()> {
+        let sum = around.transport + 2;
+        let (from, from_port) = if end == End::Source { (self.src, self.sport) } else { (self.dst, self.dport) };
+        if self.v4 {
+            let at = self.network + if end == End::Source { 12 } else { 16 };
+            let (from, to) = (from.words[3], to.words[3]);
+            ctx.l3_csum_replace(self.network + 10, u64::from(from), u64::from(to), 4).ok()?;
+            ctx.store(at, &to, 0).ok()?;
+        } else {
+            let at = self.network + if end == End::Source { 8 } else { 24 };
+            for i in 0..4 {
+                ctx.l4_csum_replace(sum, u64::from(from.words[i]), u64::from(to.words[i]), 4).ok()?;
+            }
+            ctx.store(at, &to.words, 0).ok()?;
+        }
+        if from_port != port {
+            ctx.l4_csum_replace(sum, u64::from(from_port), u64::from(port), 2).ok()?;
+            ctx.store(self.transport + if end == End::Source { 0 } else { 2 }, &port, 0).ok()?;
+        }
+        Some(())
+    }
+}
+
+/// To a pod, about what it sent to a Service: it knows the Service alone.
+#[inline(always)]
+pub fn entering(ctx: &TcContext) {
+    error_entering(ctx.skb.skb);
+}
+
+/// A global function, which the verifier walks once: errors are rare enough to be
+/// read again.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn error_entering(skb: *mut __sk_buff) -> i32 {
+    let ctx = &TcContext::new(skb);
+    if let Some(packet) = &mut Packet::parse(ctx) {
+        translate_entering(ctx, packet);
+    }
+    0
+}
+
+#[inline(always)]
+fn translate_entering(ctx: &TcContext, packet: &mut Packet) {
+    let Some(quoted) = Quoted::of(ctx, packet) else { return };
+    let Some(scratch) = flow::scratch() else { return };
+    scratch.reverse = quoted.answered(REVERSE);
+    if !flow::find(&scratch.reverse, &mut scratch.found) {
+        return;
+    }
+    let flow = &scratch.found;
+    let from_backend = packet.src == quoted.dst;
+    let written = quoted.set(ctx, packet, End::Destination, &flow.addr, flow.port).is_some()
+        && (!from_backend || packet.set_address(ctx, End::Source, &flow.addr).is_some());
+    flow::event(if written { EVENT_ERROR_TRANSLATED } else { EVENT_UNWRITABLE });
+}
+
+/// From a pod, about what a Service answered: the backend knows itself alone.
+#[inline(always)]
+pub fn leaving(ctx: &TcContext) -> bool {
+    error_leaving(ctx.skb.skb) != 0
+}
+
+/// As [`error_entering`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn error_leaving(skb: *mut __sk_buff) -> i32 {
+    let ctx = &TcContext::new(skb);
+    let Some(packet) = &mut Packet::parse(ctx) else { return 0 };
+    i32::from(translate_leaving(ctx, packet).is_some())
+}
+
+#[inline(always)]
+fn translate_leaving(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+    let quoted = Quoted::of(ctx, packet)?;
+    let scratch = flow::scratch()?;
+    scratch.forward = quoted.answered(FORWARD);
+    if !flow::find(&scratch.forward, &mut scratch.found) {
+        return None;
+    }
+    let flow = &scratch.found;
+    let to_service = packet.dst == quoted.src;
+    let written = quoted.set(ctx, packet, End::Source, &flow.addr, flow.port).is_some()
+        && (!to_service || packet.set_address(ctx, End::Destination, &flow.addr).is_some());
+    flow::event(if written { EVENT_ERROR_TRANSLATED } else { EVENT_UNWRITABLE });
+    Some(())
+}

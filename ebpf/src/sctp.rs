@@ -1,0 +1,109 @@
+//! SCTP's checksum: a CRC32c over the whole packet (RFC 9260, section 6.8).
+//!
+//! A CRC is linear, so a changed port changes it by the CRC of the difference,
+//! moved as far as the port is from the packet's end: multiplied by x to that
+//! power, modulo the polynomial. That is a few hundred steps for any length,
+//! without reading the packet. A device that computes the CRC itself overwrites
+//! what stands there.
+
+use aya_ebpf::programs::TcContext;
+
+use crate::packet::Packet;
+
+/// CRC32c's polynomial, bits reversed.
+const POLYNOMIAL: u32 = 0x82f6_3b78;
+/// Where the checksum is in the common header.
+const CHECKSUM: usize = 8;
+
+/// All ones when the lowest bit is set. Without a branch: each would double what
+/// the verifier has to walk.
+#[inline(always)]
+const fn lowest(word: u32) -> u32 {
+    (((word << 31) as i32) >> 31) as u32
+}
+
+/// Divides by x.
+#[inline(always)]
+const fn step(word: u32) -> u32 {
+    (word >> 1) ^ (POLYNOMIAL & lowest(word))
+}
+
+/// The CRC's register after one more byte. A global function, as `crc_shift`: the
+/// verifier walks it once, not once per call and per way to get there.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn crc_byte(crc: u32, byte: u32) -> u32 {
+    let mut crc = crc ^ (byte & 0xff);
+    for _ in 0..8 {
+        crc = step(crc);
+    }
+    crc
+}
+
+/// The product of two polynomials modulo ours, bits reversed: `1 << 31` is 1.
+#[inline(always)]
+const fn multiply(a: u32, mut b: u32) -> u32 {
+    let (mut product, mut bit) = (0, 0);
+    while bit < 32 {
+        product ^= b & lowest(a >> (31 - bit));
+        b = step(b);
+        bit += 1;
+    }
+    product
+}
+
+/// x to the power of 8·2ⁿ.
+const POWERS: [u32; 16] = {
+    let mut powers = [0u32; 16];
+    // x⁸: one byte of zeros behind a 1.
+    let (mut power, mut n) = (1u32 << 31, 0);
+    while n < 8 {
+        power = step(power);
+        n += 1;
+    }
+    n = 0;
+    while n < 16 {
+        powers[n] = power;
+        power = multiply(power, power);
+        n += 1;
+    }
+    powers
+};
+
+/// `crc` moved `bytes` bytes away from the end.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn crc_shift(mut crc: u32, bytes: u32) -> u32 {
+    let mut n = 0;
+    while n < 16 {
+        // Multiplied by 1 where the bit is not set.
+        let set = lowest(bytes >> n);
+        crc = multiply(crc, (POWERS[n] & set) | (1 << 31 & !set));
+        n += 1;
+    }
+    crc
+}
+
+/// A port at `offset` of the common header has changed (network byte order).
+#[inline(always)]
+pub fn port_changed(ctx: &TcContext, packet: &Packet, offset: usize, from: u16, to: u16) -> Option<()> {
+    let at = packet.transport + CHECKSUM;
+    let crc: u32 = ctx.load(at).ok()?;
+    let after = packet.end.checked_sub(packet.transport + offset + 2)? as u32;
+    let difference = u32::from(from ^ to);
+    // The first byte on the wire goes into the register first.
+    let change = crc_byte(crc_byte(0, difference), difference >> 8);
+    let change = crc_shift(change, after);
+    // The register's byte order on the wire is little-endian.
+    ctx.store(at, &(crc ^ change.to_le()), 0).ok()
+}
+
+/// The checksum of these bytes.
+#[inline(always)]
+pub fn checksum<const N: usize>(bytes: &[u8; N]) -> u32 {
+    let mut crc = !0u32;
+    for byte in bytes {
+        crc = crc_byte(crc, u32::from(*byte));
+    }
+    (!crc).to_le()
+}

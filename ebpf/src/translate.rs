@@ -1,0 +1,211 @@
+//! The packet path of Services: what `connect()` did not resolve.
+//!
+//! `leaving` turns a pod's packet to a Service into one to a backend, `entering`
+//! turns the answer back. A pod's datagrams are looked at one by one, so that a
+//! backend that is gone is left at the next of them; its TCP packets only once a
+//! connection was opened past `connect()`.
+
+use aya_ebpf::programs::TcContext;
+use fairway_ebpf_abi::{
+    AFFINITY_ADDRESS, Addr, AffinityKey, EVENT_CHOSEN, EVENT_MOVED, EVENT_NOT_ADMITTED, EVENT_TABLE_FULL,
+    EVENT_UNWRITABLE, Frontend, FrontendKey, HAIRPIN4, HAIRPIN6, Link, SCOPE_INSIDE,
+};
+
+use crate::flow::{self, FORWARD, Made, REVERSE, Scratch};
+use crate::packet::{ICMP, Packet, Ports, SCTP, TCP, UDP};
+use crate::rewrite::{End, ICMP6};
+use crate::{NEXT, account, errors, refuse, service, short};
+
+/// What became of a packet.
+pub enum Outcome {
+    /// As it was, or translated: it goes on.
+    On,
+    /// It ends here, with this verdict.
+    Ends(i32),
+}
+
+/// Whether a flow gets a backend.
+#[repr(u32)]
+enum Admitted {
+    Yes,
+    /// No, and nobody is to know.
+    Silently,
+    /// Nobody is there.
+    Refused,
+}
+
+/// How many backends are tried for a flow whose answers could not be told from
+/// another's.
+const TRIES: u32 = 4;
+
+/// A packet from the pod behind `link`.
+#[inline(always)]
+pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
+    match packet.protocol {
+        UDP | SCTP => {}
+        TCP if link.translated != 0 || packet.opens_tcp(ctx) => {}
+        ICMP | ICMP6 => {
+            // It may be for somebody else now: the stack knows the way.
+            return if errors::leaving(ctx) { Outcome::Ends(NEXT) } else { Outcome::On };
+        }
+        _ => return Outcome::On,
+    }
+    if packet.later_fragment {
+        return follow_first(ctx, packet);
+    }
+    let Some(scratch) = flow::scratch() else { return Outcome::On };
+    let ports = packet.ports(ctx);
+    if ports == Ports::NONE {
+        return Outcome::On;
+    }
+    (scratch.src, scratch.dst) = (packet.src, packet.dst);
+    if packet.dst == HAIRPIN4 || packet.dst == HAIRPIN6 {
+        return back_to_oneself(ctx, link, packet, ports, scratch);
+    }
+    scratch.forward = flow::key(packet, ports, FORWARD);
+    let opens = packet.protocol == TCP && packet.opens_tcp(ctx);
+    let known = !opens && flow::find(&scratch.forward, &mut scratch.found);
+    // A TCP connection stays with its backend to the end.
+    if known && (packet.protocol == TCP || service::backend(scratch.found.backend).is_some()) {
+        scratch.client = client_of(packet, &scratch.found.addr);
+        let (addr, port) = (scratch.found.addr, scratch.found.port);
+        scratch.set_reverse(&addr, port);
+        scratch.restore(scratch.found.backend);
+    } else {
+        scratch.frontend =
+            FrontendKey { addr: packet.dst, port: ports.destination, protocol: packet.protocol, scope: SCOPE_INSIDE };
+        let Some(frontend) = service::frontend(&scratch.frontend) else { return answering(ctx, packet, ports) };
+        if known {
+            flow::event(EVENT_MOVED);
+        }
+        match admit(packet, frontend, scratch) {
+            Admitted::Yes => {}
+            Admitted::Silently => return Outcome::Ends(account::drop()),
+            Admitted::Refused => return Outcome::Ends(refuse::sender(ctx)),
+        }
+    }
+    // Where to, by now, is what answers will come from.
+    let (to, client) = (scratch.reverse.src, scratch.client);
+    let written = packet.set_address(ctx, End::Destination, &to).is_some()
+        && packet.set_port(ctx, End::Destination, ports.destination, scratch.reverse.sport).is_some()
+        && (client == packet.src || packet.set_address(ctx, End::Source, &client).is_some());
+    if !written {
+        flow::event(EVENT_UNWRITABLE);
+        return Outcome::Ends(account::drop());
+    }
+    if packet.first_fragment {
+        flow::remember_fragment(scratch.src, scratch.dst, packet);
+    }
+    if packet.protocol == TCP && link.translated == 0 {
+        short::mark_translated(account::endpoint(ctx), link);
+    }
+    if client != scratch.src { Outcome::Ends(refuse::to_sender(ctx)) } else { Outcome::On }
+}
+
+/// Who the backend sees: the pod, or somebody else when the pod talks to itself.
+#[inline(always)]
+fn client_of(packet: &Packet, backend: &Addr) -> Addr {
+    match (*backend == packet.src, packet.v4) {
+        (false, _) => packet.src,
+        (true, true) => HAIRPIN4,
+        (true, false) => HAIRPIN6,
+    }
+}
+
+/// A backend for a new flow, as where its answers come from (`scratch.reverse`).
+/// A function of its own: the way it took is of no matter afterwards.
+#[inline(never)]
+fn admit(packet: &Packet, frontend: &Frontend, scratch: &mut Scratch) -> Admitted {
+    if !service::admits(frontend, &packet.src) {
+        flow::event(EVENT_NOT_ADMITTED);
+        return Admitted::Silently;
+    }
+    let (s, d) = (packet.src.words, packet.dst.words);
+    let ports = u32::from(scratch.forward.sport) << 16 | u32::from(scratch.forward.dport);
+    let mut hash = service::mix(u32::from(packet.protocol), &[s[0], s[1], s[3], d[0], d[1], d[3], ports]);
+    let client = AffinityKey { client: packet.src, set: 0, kind: AFFINITY_ADDRESS };
+    for _ in 0..TRIES {
+        let Some(backend) = service::choose(frontend, hash, client) else { return Admitted::Refused };
+        scratch.client = client_of(packet, &backend.addr);
+        scratch.set_reverse(&backend.addr, backend.port);
+        match scratch.make(backend.id) {
+            Made::Done => {
+                flow::event(EVENT_CHOSEN);
+                return Admitted::Yes;
+            }
+            Made::Collides => hash = hash.wrapping_add(1),
+            Made::Full => break,
+        }
+    }
+    flow::event(EVENT_TABLE_FULL);
+    Admitted::Silently
+}
+
+/// The pod answers somebody whom the node has brought to it (a node port, a load
+/// balancer's address): the answer comes from there.
+#[inline(always)]
+fn answering(_ctx: &TcContext, _packet: &mut Packet, _ports: Ports) -> Outcome {
+    Outcome::On
+}
+
+/// The pod answers itself.
+#[inline(always)]
+fn back_to_oneself(ctx: &TcContext, link: &Link, packet: &mut Packet, ports: Ports, scratch: &mut Scratch) -> Outcome {
+    let own = if packet.v4 { link.v4 } else { link.v6 };
+    scratch.reverse = flow::key(packet, ports, REVERSE);
+    if !flow::find(&scratch.reverse, &mut scratch.found) {
+        return Outcome::Ends(account::drop());
+    }
+    let flow = &scratch.found;
+    let written = packet.set_address(ctx, End::Source, &flow.addr).is_some()
+        && packet.set_port(ctx, End::Source, ports.source, flow.port).is_some()
+        && packet.set_address(ctx, End::Destination, &own).is_some();
+    Outcome::Ends(if written { refuse::to_sender(ctx) } else { account::drop() })
+}
+
+/// A packet that enters a pod; `tcp` when TCP connections of it were translated.
+/// What cannot be rewritten goes on as it is: its receiver will not know it.
+#[inline(always)]
+pub fn entering(ctx: &TcContext, packet: &mut Packet, tcp: bool) {
+    match packet.protocol {
+        UDP | SCTP => answered(ctx, packet),
+        TCP if tcp => answered(ctx, packet),
+        ICMP | ICMP6 => errors::entering(ctx),
+        _ => {}
+    }
+}
+
+#[inline(never)]
+fn answered(ctx: &TcContext, packet: &mut Packet) {
+    if packet.later_fragment {
+        let _ = follow_first(ctx, packet);
+        return;
+    }
+    let Some(scratch) = flow::scratch() else { return };
+    let ports = packet.ports(ctx);
+    if ports == Ports::NONE {
+        return;
+    }
+    scratch.reverse = flow::key(packet, ports, REVERSE);
+    if !flow::find(&scratch.reverse, &mut scratch.found) {
+        return;
+    }
+    (scratch.src, scratch.dst) = (packet.src, packet.dst);
+    let flow = &scratch.found;
+    let written = packet.set_address(ctx, End::Source, &flow.addr).is_some()
+        && packet.set_port(ctx, End::Source, ports.source, flow.port).is_some();
+    if !written {
+        flow::event(EVENT_UNWRITABLE);
+    } else if packet.first_fragment {
+        flow::remember_fragment(scratch.src, scratch.dst, packet);
+    }
+}
+
+/// A later fragment goes where the first one went.
+#[inline(always)]
+fn follow_first(ctx: &TcContext, packet: &mut Packet) -> Outcome {
+    let Some(to) = flow::fragment(packet) else { return Outcome::On };
+    let written = (to.src == packet.src || packet.set_address(ctx, End::Source, &to.src).is_some())
+        && (to.dst == packet.dst || packet.set_address(ctx, End::Destination, &to.dst).is_some());
+    if written { Outcome::On } else { Outcome::Ends(account::drop()) }
+}
