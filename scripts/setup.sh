@@ -114,6 +114,39 @@ want() { # PROGRAM PACKAGE...
 
 on_debian() { has dpkg-query && has apt-get; }
 
+# A kernel for tests to boot in an emulator, unpacked in the cache and not
+# installed: cache/kernels/RELEASE/{boot,lib}. Tests that want it are skipped,
+# and counted, without it.
+want_kernel() { # SERIES METAPACKAGE
+    kernels=${FAIRWAY_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/fairway}/kernels
+    for there in "$kernels/$1".*; do
+        [ ! -d "$there" ] || return 0
+    done
+    [ "$(dpkg --print-architecture)" = amd64 ] || return 0
+    lock
+    apt_update
+    package=$(apt-cache depends "$2" 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -n 1)
+    release=${package#linux-image-}
+    case $release in
+    "$1".*) ;;
+    *)
+        say "no package here is a kernel $1; tests on it are skipped"
+        return 0
+        ;;
+    esac
+    say "fetching the kernel $release for tests in an emulator"
+    partial=$kernels/.partial.$$
+    rm -rf "$kernels"/.partial.*
+    mkdir -p "$partial/unpacked"
+    if (cd "$partial" && apt-get download -qq -o APT::Sandbox::User=root "$package" >&2) &&
+        dpkg -x "$partial"/*.deb "$partial/unpacked"; then
+        mv "$partial/unpacked" "$kernels/$release"
+    else
+        say "the kernel $release could not be fetched; tests on it are skipped"
+    fi
+    rm -rf "$partial"
+}
+
 if on_debian; then
     case $purpose in
     build | lint) need gcc g++ libc6-dev ;;
@@ -125,6 +158,9 @@ if on_debian; then
     if [ "$purpose" = test ]; then
         want kubectl kubectl kubernetes-client
         want chromium chromium
+        want busybox busybox-static busybox
+        want qemu-system-x86_64 qemu-system-x86
+        want_kernel 6.1 linux-image-cloud-amd64
     fi
 fi
 

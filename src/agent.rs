@@ -106,6 +106,9 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
     let pool: Handle<Pool> = tree.child_in(&kubelets, move || Pool::start(deps.clone()));
     actor_free_task(facts::bound_pods(facts.clone(), config.cni.default_mode, bound_sender));
     actor_free_task(facts::node_status(snapshot.clone(), cluster.port()));
+    if let Some(programs) = programs.clone() {
+        actor_free_task(facts::programs_inside_pods(snapshot.clone(), pool.port(), programs));
+    }
 
     // Services.
     let (service_sender, service_figures) = watch::channel(Arc::new(ServiceSnapshot::default()));

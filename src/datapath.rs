@@ -14,13 +14,13 @@
 mod clsact;
 mod entry;
 mod hook;
-mod pins;
+pub(crate) mod pins;
 mod programs;
 pub mod services;
 mod sockets;
 mod ways;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
@@ -51,6 +51,9 @@ pub struct Datapath {
     ways: Ways,
     events: EventMap,
     known: BTreeMap<AttachmentId, Entry>,
+    /// Adopted, and still running what an earlier process loaded: a clsact device
+    /// inside a pod is out of reach until the next `attach`.
+    dated: BTreeSet<AttachmentId>,
     loader: Loader,
     options: Options,
 }
@@ -154,7 +157,8 @@ impl Datapath {
         let ways = Ways::open(&mut shared)?;
         let events = shared.take_events()?;
         let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact } };
-        let mut datapath = Self { pins, shared, counters, ways, events, known: BTreeMap::new(), loader, options };
+        let (known, dated) = (BTreeMap::new(), BTreeSet::new());
+        let mut datapath = Self { pins, shared, counters, ways, events, known, dated, loader, options };
         let mut adoption = Adoption { rotated, ..Default::default() };
         for dir in datapath.pins.pods().map_err(at)? {
             match datapath.adopt(&dir) {
@@ -194,6 +198,10 @@ impl Datapath {
             && entry.place == place
             && entry.is_on(device).map_err(fail)?
         {
+            if self.dated.contains(attachment) {
+                self.renew(attachment, device)?.map_err(fail)?;
+                self.dated.remove(attachment);
+            }
             return Ok(());
         }
         self.detach(attachment)?;
@@ -228,7 +236,14 @@ impl Datapath {
         entry.discard().map_err(|cause| DatapathError::Pins { path: entry.dir.clone(), cause })?;
         let _ = self.counters.remove(&entry.endpoint);
         self.known.remove(attachment);
+        self.dated.remove(attachment);
         Ok(())
+    }
+
+    /// What still runs an earlier process's programs; [`Datapath::attach`] with
+    /// its device swaps this build's in. Empty where tcx links are inside pods.
+    pub fn dated(&self) -> impl Iterator<Item = &AttachmentId> {
+        self.dated.iter()
     }
 
     /// Tells the programs who the pod is. They are attached already.
@@ -304,6 +319,9 @@ impl Datapath {
     /// Whether both programs are on this device now, read from the kernel.
     pub fn verify(&self, attachment: &AttachmentId, device: Device<'_>) -> Result<bool, DatapathError> {
         let Some(entry) = self.known.get(attachment) else { return Ok(false) };
+        if self.dated.contains(attachment) {
+            return Ok(false);
+        }
         entry.is_on(device).map_err(|cause| DatapathError::Attach {
             attachment: attachment.clone(),
             device: device.to_string(),
@@ -393,6 +411,9 @@ impl Datapath {
         if matches!(self.counters.get(&entry.endpoint, 0), Err(MapError::KeyNotFound)) {
             self.reset_counters(entry.endpoint).ok()?;
         }
+        if (attached.via, entry.place) == (Via::Clsact, Place::InPod) {
+            self.dated.insert(name.attachment.clone());
+        }
         self.known.insert(name.attachment.clone(), entry);
         Some(name.attachment)
     }
@@ -407,9 +428,29 @@ impl Datapath {
         entry.discard()
     }
 
-    /// Swaps this build's programs in. A clsact device inside a pod is out of
-    /// reach until the next `attach`; it goes on with its old programs.
+    /// Swaps this build's programs in on a clsact device inside a pod. A crash
+    /// between pin and filter shows as "not on it", and all is attached anew.
+    fn renew(&mut self, attachment: &AttachmentId, device: Device<'_>) -> Result<io::Result<()>, DatapathError> {
+        let Some(entry) = self.known.get(attachment) else { return Ok(Ok(())) };
+        let mut programs = self.loader.load(entry.endpoint)?;
+        for direction in Direction::BOTH {
+            let program = programs.get(direction)?;
+            let fd = program.fd().map_err(|e| refusal("a loaded program", &e))?;
+            let pinned = pins::replace(fd.as_fd(), &pin_of(&entry.dir, direction));
+            let chain = chain(entry.place, direction);
+            let done = pinned.and_then(|()| device.enter(|ifindex| clsact::attach(program, ifindex, chain)));
+            if done.is_err() {
+                return Ok(done);
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Swaps this build's programs in, where they can be reached.
     fn update(&mut self, entry: &Entry, via: Via) -> Result<(), DatapathError> {
+        if (via, entry.place) == (Via::Clsact, Place::InPod) {
+            return Ok(());
+        }
         let pins = |cause| DatapathError::Pins { path: entry.dir.clone(), cause };
         let mut own;
         let programs = match entry.place {

@@ -5,7 +5,7 @@
 //! the listener again. What it shows is given as [`Views`] by `agent`.
 
 mod metrics;
-mod routes;
+pub(crate) mod routes;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -21,6 +21,9 @@ pub mod config;
 pub mod datapath;
 /// DebugHttp actor: /debug/actors, /metrics, /healthz, /readyz, the page.
 pub mod debug;
+/// Doors for `fuzz/targets` to parsers that are private to their module.
+#[doc(hidden)]
+pub mod fuzz;
 /// `fairway install-cni`: the shim and the conflist, atomically.
 pub mod install;
 /// A whole VPC on one machine: simulated cloud, Kubernetes stand-in, nodes.

@@ -24,13 +24,13 @@ mod exclusive;
 mod message;
 mod monitor;
 pub mod names;
-mod nl;
+pub(crate) mod nl;
 pub mod note;
 pub mod objects;
 pub mod plan;
 mod programs;
-mod queues;
-mod read;
+pub(crate) mod queues;
+pub(crate) mod read;
 mod site;
 mod undo;
 mod unlink;
@@ -45,7 +45,7 @@ use crate::actor::Message;
 use crate::model::{AttachmentId, Bandwidth, EniId, EniRef, Lease, Mac, PodKey};
 
 pub use config::{BadConfig, Config};
-pub use programs::{Attachment, NoPrograms, PodPrograms};
+pub use programs::{Attachment, NoPrograms, Placed, PodPrograms};
 pub use wirer::{NetnsWirer, Wiring};
 
 /// Make the namespace match the lease. Done again it changes nothing.

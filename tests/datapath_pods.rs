@@ -17,7 +17,7 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use fairway::agent::programs::Programs;
 use fairway::datapath::{Adoption, Counters, Datapath, DatapathError, Device, Options, Via};
 use fairway::model::{AttachMode, AttachmentId, Bandwidth, EniRef, Lease, Mac, PodKey, Subnet};
-use fairway::netns::{Attachment, PodPrograms as _};
+use fairway::netns::{Attachment, Placed, PodPrograms as _};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -370,6 +370,55 @@ fn clsact_inside_a_pod_counts_too() {
     assert_eq!(counters(&datapath, "x"), udp(2, 6, 50));
 }
 
+#[test]
+fn programs_inside_a_pod_are_brought_up_to_date_after_a_restart() {
+    let test = "programs_inside_a_pod_are_brought_up_to_date_after_a_restart";
+    let Some(node) = Node::new(test) else { return };
+    let (mut datapath, _) = node.open_with(CLSACT);
+    let pod = veth_pod("h0");
+    datapath.attach(&attachment("x"), AttachMode::Exclusive, pod.device("eth0")).unwrap();
+    let before = datapath.attached().unwrap()[0].programs;
+    drop(datapath);
+
+    // Out of reach so far: counted by the earlier programs, and said so.
+    let (mut datapath, adoption) = node.open_with(CLSACT);
+    assert_eq!(adoption.adopted, [attachment("x")]);
+    assert_eq!(datapath.dated().collect::<Vec<_>>(), [&attachment("x")]);
+    assert!(!datapath.verify(&attachment("x"), pod.device("eth0")).unwrap());
+    exchange(&pod, 2, 3, 50);
+    assert_eq!(counters(&datapath, "x"), udp(2, 3, 50));
+
+    datapath.attach(&attachment("x"), AttachMode::Exclusive, pod.device("eth0")).unwrap();
+    assert_eq!(datapath.dated().count(), 0);
+    assert!(datapath.verify(&attachment("x"), pod.device("eth0")).unwrap());
+    let after = datapath.attached().unwrap()[0].programs;
+    assert!(before.iter().all(|old| !after.contains(old)), "{before:?} {after:?}");
+    exchange(&pod, 1, 1, 50);
+    assert_eq!(counters(&datapath, "x"), udp(3, 4, 50), "replaced in place: counted on, and once");
+    assert_eq!(pod.run(|| programs_on("eth0")), 2);
+}
+
+#[test]
+fn a_crash_while_programs_inside_a_pod_are_replaced_is_mended() {
+    let Some(node) = Node::new("a_crash_while_programs_inside_a_pod_are_replaced_is_mended") else { return };
+    let (mut datapath, _) = node.open_with(CLSACT);
+    let pod = veth_pod("h0");
+    datapath.attach(&attachment("x"), AttachMode::Exclusive, pod.device("eth0")).unwrap();
+    datapath.attach(&attachment("y"), AttachMode::Veth, here("h0")).unwrap();
+    drop(datapath);
+    // The pin is replaced and the filter is not, as a crash between would leave it.
+    let pins = node.pod_pins();
+    let of = |place: &str| pins.iter().find(|p| p.to_string_lossy().contains(place)).unwrap();
+    fs::rename(of("+h").join("egress"), of("+p").join("egress")).unwrap();
+
+    let (mut datapath, _) = node.open_with(CLSACT);
+    datapath.attach(&attachment("x"), AttachMode::Exclusive, pod.device("eth0")).unwrap();
+    assert!(datapath.verify(&attachment("x"), pod.device("eth0")).unwrap());
+    exchange(&pod, 1, 2, 50);
+    assert_eq!(counters(&datapath, "x"), udp(1, 2, 50));
+    assert_eq!(pod.run(|| programs_on("eth0")), 2);
+}
+
 /// Attaches, says so, and waits to be killed.
 fn agent_that_will_be_killed(bpffs: &str) -> ! {
     let (mut datapath, _) = Datapath::open(Path::new(bpffs)).unwrap();
@@ -640,6 +689,43 @@ fn an_exclusive_enis_programs_are_verified_where_it_is() {
     assert!(programs.verify(&moved).unwrap().is_empty());
     pod.run(|| ip("link set eth0 name other"));
     assert!(programs.verify(&moved).is_err(), "no such device there");
+}
+
+#[test]
+fn where_a_move_loses_programs_they_are_attached_inside_and_taken_up_again() {
+    let test = "where_a_move_loses_programs_they_are_attached_inside_and_taken_up_again";
+    let Some(node) = Node::new(test) else { return };
+    let programs = Programs::new(node.open_with(CLSACT).0, true);
+    ip("link add eni1 type veth peer name port");
+    let (pod, gone) = (Netns::new(), Netns::new());
+    let lease = lease("x", AttachMode::Exclusive, &pod.path());
+    let host = Attachment {
+        lease: &lease,
+        host_ifname: "h",
+        host_ifindex: 0,
+        eni_ifindex: Some(index("eni1")),
+        shared_eni: None,
+        netns_cookie: None,
+    };
+    assert_eq!(programs.attach(&host).unwrap(), Placed::OnceInside);
+    assert_eq!(programs_on("eni1"), 0);
+    assert_eq!(programs.verify(&host).unwrap().len(), 1, "they are missing, and that is no error");
+    ip(&format!("link set eni1 netns {} name eth0", pod.path()));
+    let inside = Attachment { eni_ifindex: None, ..host };
+    assert_eq!(programs.attach(&inside).unwrap(), Placed::Yes);
+    assert!(programs.verify(&inside).unwrap().is_empty());
+    // A second pod, which ends while there is no agent.
+    gone.run(|| ip("link add eth0 type veth peer name port"));
+    let other = Lease { attachment: attachment("gone"), netns: gone.path().into(), ..lease.clone() };
+    programs.attach(&Attachment { lease: &other, ..inside }).unwrap();
+    drop((programs, gone));
+
+    let programs = Programs::new(node.open_with(CLSACT).0, true);
+    assert_eq!(programs.dated(), 2);
+    assert_eq!(programs.verify(&inside).unwrap().len(), 1, "an earlier process's");
+    assert_eq!(programs.take_up(std::slice::from_ref(&lease)), [] as [String; 0]);
+    assert_eq!((programs.dated(), programs.pinned().unwrap().len()), (0, 1));
+    assert!(programs.verify(&inside).unwrap().is_empty());
 }
 
 #[test]

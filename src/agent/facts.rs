@@ -1,6 +1,7 @@
 //! Facts carried from the actor that knows them to those that act on them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
@@ -8,12 +9,14 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
 use tokio::sync::watch;
 
+use super::programs::Programs;
 use crate::actor::{Deadline, Port};
 use crate::cloud::CloudStats;
 use crate::cluster::{Facts, NodeCondition, PodInfo, SetNodeStatus};
 use crate::cni::wishes;
 use crate::debug::Collect;
 use crate::model::{AttachMode, PodKey};
+use crate::pool::Leases;
 use crate::pool::demand::{BoundPod, BoundPods};
 use crate::pool::snapshot::{PoolSnapshot, Totals};
 
@@ -66,7 +69,7 @@ pub async fn node_status(mut snapshot: watch::Receiver<Arc<PoolSnapshot>>, to: P
         let status = (totals.short, u32::try_from(totals.exclusive_capacity).unwrap_or(u32::MAX));
         if reconciled && said != Some(status) {
             let message = SetNodeStatus { condition: Some(condition(&totals)), exclusive_enis: Some(status.1) };
-            if to.ask(message, Deadline::after(std::time::Duration::from_secs(5))).await.is_ok() {
+            if to.ask(message, Deadline::after(Duration::from_secs(5))).await.is_ok() {
                 said = Some(status);
             }
         }
@@ -85,6 +88,31 @@ fn condition(totals: &Totals) -> NodeCondition {
             reason: "AddressesExhausted".into(),
             message: format!("no address is idle and none can be had from the cloud now: {counts}"),
         },
+    }
+}
+
+/// Devices inside pods that an earlier process has put programs on: this one's
+/// take their place once it is known who has which device. Where tcx links do
+/// that by themselves there is nothing to do.
+pub async fn programs_inside_pods(
+    mut snapshot: watch::Receiver<Arc<PoolSnapshot>>,
+    leases: Port<Leases>,
+    programs: Arc<Programs>,
+) {
+    if programs.dated() == 0 || snapshot.wait_for(|s| s.reconciled).await.is_err() {
+        return;
+    }
+    let leases = loop {
+        match leases.ask(Leases {}, Deadline::after(Duration::from_secs(10))).await {
+            Ok(leases) => break leases,
+            Err(error) => tracing::warn!(%error, "Cannot learn whose the programs inside pods are yet"),
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    };
+    // System calls, of which each may wait for the kernel's network lock.
+    let work = tokio::task::spawn_blocking(move || programs.take_up(&leases));
+    for problem in work.await.unwrap_or_default() {
+        tracing::warn!(problem, "A pod goes on with the programs of an earlier process");
     }
 }
 

@@ -12,8 +12,9 @@ use serde_json::{Value, json};
 
 use crate::datapath::services::KernelMaps;
 use crate::datapath::{Datapath, DatapathError, Device, Way};
-use crate::model::{AttachMode, AttachmentId};
-use crate::netns::{Attachment, PodPrograms};
+use crate::model::{AttachMode, AttachmentId, Lease};
+use crate::netns::{Attachment, Placed, PodPrograms};
+use crate::sys::netns::Netns;
 
 pub struct Programs {
     datapath: Mutex<Datapath>,
@@ -72,6 +73,36 @@ impl Programs {
             .collect()
     }
 
+    /// Pods whose device still runs the programs of an earlier process.
+    pub fn dated(&self) -> usize {
+        self.datapath.lock().dated().count()
+    }
+
+    /// Takes those up that `leases` names; what no lease claims is gone, with its
+    /// device. Says what could not be done.
+    pub fn take_up(&self, leases: &[Lease]) -> Vec<String> {
+        let dated: Vec<AttachmentId> = self.datapath.lock().dated().cloned().collect();
+        let one = |attachment: &AttachmentId| match leases.iter().find(|l| l.attachment == *attachment) {
+            Some(lease) => self.take_one_up(lease),
+            None => self.detach(attachment),
+        };
+        dated.iter().filter_map(|id| one(id).err().map(|e| format!("{id}: {e}"))).collect()
+    }
+
+    fn take_one_up(&self, lease: &Lease) -> Result<(), String> {
+        let home = Netns::current().map_err(|e| e.to_string())?;
+        let pod = Netns::open(&lease.netns).map_err(|e| e.to_string())?;
+        let netns_cookie = pod.cookie(&home).map_err(|e| e.to_string())?;
+        let (host_ifname, host_ifindex) = ("", 0);
+        let inside = Attachment { lease, host_ifname, host_ifindex, eni_ifindex: None, shared_eni: None, netns_cookie };
+        self.attach(&inside).map(drop)
+    }
+
+    /// Below 6.6 an attachment is lost when the device moves.
+    fn too_early(&self, of: &Attachment<'_>) -> bool {
+        of.lease.mode == AttachMode::Exclusive && of.eni_ifindex.is_some() && !self.datapath.lock().moves_with_device()
+    }
+
     /// The maps of Services, with descriptors of their own.
     pub fn service_maps(&self) -> Result<KernelMaps, String> {
         self.datapath.lock().service_maps().map_err(|e| e.to_string())
@@ -86,12 +117,7 @@ impl Programs {
         let said = |e: DatapathError| e.to_string();
         match (of.lease.mode, of.eni_ifindex) {
             (AttachMode::Veth, _) => f(&mut datapath, Device::index(of.host_ifindex)).map_err(said),
-            (AttachMode::Exclusive, Some(eni)) if datapath.moves_with_device() => {
-                f(&mut datapath, Device::index(eni)).map_err(said)
-            }
-            // Below 6.6 the attachment is lost when the device moves: the wirer
-            // calls again once it is inside.
-            (AttachMode::Exclusive, Some(_)) => Err("needs the device inside the pod".to_owned()),
+            (AttachMode::Exclusive, Some(eni)) => f(&mut datapath, Device::index(eni)).map_err(said),
             (AttachMode::Exclusive, None) => {
                 let netns = File::open(&of.lease.netns).map_err(|e| format!("{}: {e}", of.lease.netns.display()))?;
                 let device = Device::named(&of.lease.attachment.ifname).inside(netns.as_fd());
@@ -102,16 +128,16 @@ impl Programs {
 }
 
 impl PodPrograms for Programs {
-    fn attach(&self, to: &Attachment<'_>) -> Result<(), String> {
-        let inside_only = to.lease.mode == AttachMode::Exclusive && to.eni_ifindex.is_some();
-        if inside_only && !self.datapath.lock().moves_with_device() {
-            return Ok(());
+    fn attach(&self, to: &Attachment<'_>) -> Result<Placed, String> {
+        if self.too_early(to) {
+            return Ok(Placed::OnceInside);
         }
         let way = self.way(to);
         self.on_device(to, |datapath, device| {
             datapath.attach(&to.lease.attachment, to.lease.mode, device)?;
             datapath.lead(&to.lease.attachment, &way)
-        })
+        })?;
+        Ok(Placed::Yes)
     }
 
     fn detach(&self, from: &AttachmentId) -> Result<(), String> {
@@ -119,6 +145,9 @@ impl PodPrograms for Programs {
     }
 
     fn verify(&self, of: &Attachment<'_>) -> Result<Vec<String>, String> {
+        if self.too_early(of) {
+            return Ok(vec!["the ENI is not in the pod, where its programs would be".to_owned()]);
+        }
         let there = self.on_device(of, |datapath, device| datapath.verify(&of.lease.attachment, device))?;
         Ok(if there { Vec::new() } else { vec!["the packet counters are not attached".to_owned()] })
     }

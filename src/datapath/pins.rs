@@ -74,6 +74,11 @@ impl PinName {
     }
 }
 
+/// A pin directory's name as it is written, if it is one: the same.
+pub(crate) fn respelled(name: &str) -> Option<String> {
+    PinName::decode(name)?.encode()
+}
+
 fn escape(s: &str, out: &mut String) {
     for byte in s.bytes() {
         if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {

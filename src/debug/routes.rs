@@ -36,13 +36,15 @@ pub(super) fn router(views: Views) -> Router {
 /// names of the loopback are answered.
 async fn local_only(headers: HeaderMap, request: Request, next: Next) -> Response {
     let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or("localhost");
-    let name = host.rsplit_once(':').map_or(host, |(name, port)| if port.ends_with(']') { host } else { name });
-    let local = name == "localhost"
-        || name.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    if !local {
+    if !is_local(host) {
         return (StatusCode::FORBIDDEN, "this endpoint answers to localhost only\n").into_response();
     }
     next.run(request).await
+}
+
+pub(crate) fn is_local(host: &str) -> bool {
+    let name = host.rsplit_once(':').map_or(host, |(name, port)| if port.ends_with(']') { host } else { name });
+    name == "localhost" || name.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 async fn page() -> impl IntoResponse {

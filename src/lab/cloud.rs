@@ -38,14 +38,15 @@ pub mod faults;
 mod http;
 mod idempotency;
 pub mod metadata;
-mod params;
+pub(crate) mod params;
 mod render;
-mod signature;
+pub(crate) mod signature;
 mod standalone;
 pub mod state;
 mod throttle;
 mod tls;
 
+pub(crate) use actions::read_all;
 pub use calls::{Call, CallReport};
 pub use config::{AccessKey, CloudConfig, ConfigError, Latencies, ThrottleConfig, VSwitchSpec};
 pub use error::ApiError;

@@ -141,7 +141,8 @@ pub(super) fn delete(key: &Key, value: &Value, devices: &Devices, out: &mut Vec<
         (Key::Queue(dev), _) => Rtnl::DelQueueDiscipline(qdisc(devices.index(*dev), TcHandle::ROOT)),
         (Key::Redirect(dev), _) => {
             out.push(request(&*what, Rtnl::DelTrafficFilter(redirect_filter(devices.index(*dev))), 0, NO_FILTER));
-            // Only when it is the plain hook that we made.
+            // A clsact hook may carry the pod's programs and goes with the device;
+            // the plain one was made by an earlier version.
             let mut hook = qdisc(devices.index(*dev), TcHandle::INGRESS);
             hook.attributes = vec![TcAttribute::Kind("ingress".to_owned())];
             out.push(request(what, Rtnl::DelQueueDiscipline(hook), 0, NO_FILTER));
@@ -446,22 +447,27 @@ fn token_bucket(index: u32, bucket: &TokenBucket) -> TcMessage {
 /// Errors that mean there is no such filter or hook.
 const NO_FILTER: &[i32] = &[libc::ENOENT, libc::EINVAL, libc::ENODEV, libc::EOPNOTSUPP];
 
+/// What arrives, of a clsact hook; a plain ingress hook has no other chain.
+pub(super) const INGRESS_CHAIN: TcHandle = TcHandle { major: 0xffff, minor: TcHandle::MIN_INGRESS };
+
 /// The place of our filter: last in line, whatever else hangs there; for every
 /// protocol (`ETH_P_ALL`).
 fn redirect_filter(index: u32) -> TcMessage {
     const PRIORITY: u16 = 49_000;
-    let mut filter = qdisc(index, TcHandle { major: 0xffff, minor: 0 });
+    let mut filter = qdisc(index, INGRESS_CHAIN);
     filter.header.info = u32::from(TcHandle { major: PRIORITY, minor: 3u16.to_be() });
     filter
 }
 
-/// An ingress hook and one filter that sends everything through `to`.
+/// A clsact hook and one filter that sends everything through `to`. Where the
+/// kernel has no tcx the hook is there already, with the pod's programs on it:
+/// they run first.
 fn redirect(what: String, index: u32, to: u32, out: &mut Vec<Request>) {
     // One that led to a device that is gone would be found first.
     out.push(request(&*what, Rtnl::DelTrafficFilter(redirect_filter(index)), 0, NO_FILTER));
     let mut ingress = qdisc(index, TcHandle::INGRESS);
     ingress.header.handle = TcHandle { major: 0xffff, minor: 0 };
-    ingress.attributes = vec![TcAttribute::Kind("ingress".to_owned())];
+    ingress.attributes = vec![TcAttribute::Kind("clsact".to_owned())];
     out.push(request(&*what, Rtnl::NewQueueDiscipline(ingress), NLM_F_CREATE | NLM_F_EXCL, THERE));
     let mut filter = redirect_filter(index);
     let mut selector = TcU32Selector::default();

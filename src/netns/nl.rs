@@ -159,12 +159,21 @@ fn sort(mut datagram: &[u8], first: u32, waiting: &mut [Waiting]) {
     }
 }
 
+/// What a datagram of answers holds, for the first few requests of a socket.
+pub(crate) fn messages(datagram: &[u8]) -> Vec<RouteNetlinkMessage> {
+    let open = || Waiting { what: String::new(), fine: &[], got: Vec::new(), result: None };
+    let mut waiting: Vec<Waiting> = (0..4).map(|_| open()).collect();
+    sort(datagram, 0, &mut waiting);
+    waiting.into_iter().flat_map(|w| w.got).collect()
+}
+
 impl Waiting {
     fn finish(&mut self, code: i32, rest: &[u8]) {
         if self.result.is_some() {
             return;
         }
-        let errno = code.abs();
+        // No errno is that large; whoever sends it must not end the thread.
+        let errno = code.saturating_abs();
         self.result = Some(if errno == 0 || self.fine.contains(&errno) {
             Ok(())
         } else {
@@ -190,4 +199,21 @@ fn kernel_words(error: &[u8]) -> Option<String> {
         rest = rest.get(len.next_multiple_of(4)..)?;
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_code_that_no_kernel_sends_ends_nothing() {
+        let mut answer = 20u32.to_ne_bytes().to_vec();
+        // Type NLMSG_DONE, no flags, sequence 0, no port, the code.
+        answer.extend_from_slice(&3u32.to_ne_bytes());
+        answer.extend_from_slice(&[0; 8]);
+        answer.extend_from_slice(&i32::MIN.to_ne_bytes());
+        let mut waiting = vec![Waiting { what: "it".to_owned(), fine: &[], got: Vec::new(), result: None }];
+        sort(&answer, 0, &mut waiting);
+        assert!(matches!(&waiting[0].result, Some(Err(e)) if e.errno == i32::MAX));
+    }
 }

@@ -24,10 +24,19 @@ pub struct Attachment<'a> {
     pub netns_cookie: Option<u64>,
 }
 
+/// Whether an attachment's programs are in place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placed {
+    Yes,
+    /// They would be lost when the ENI moves: to be attached again once it is
+    /// inside the pod, before it is up.
+    OnceInside,
+}
+
 /// What the datapath does with a pod's devices. Every call may be repeated.
 pub trait PodPrograms: Send + Sync {
     /// The devices are made and not up yet: no packet passes before this returns.
-    fn attach(&self, to: &Attachment<'_>) -> Result<(), String>;
+    fn attach(&self, to: &Attachment<'_>) -> Result<Placed, String>;
     /// The devices are gone, or an exclusive ENI is back with the node.
     fn detach(&self, from: &AttachmentId) -> Result<(), String>;
     /// What is wrong, in words; empty when all is well.
@@ -47,8 +56,8 @@ pub trait PodPrograms: Send + Sync {
 pub struct NoPrograms;
 
 impl PodPrograms for NoPrograms {
-    fn attach(&self, _: &Attachment<'_>) -> Result<(), String> {
-        Ok(())
+    fn attach(&self, _: &Attachment<'_>) -> Result<Placed, String> {
+        Ok(Placed::Yes)
     }
     fn detach(&self, _: &AttachmentId) -> Result<(), String> {
         Ok(())

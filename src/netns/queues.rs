@@ -114,6 +114,14 @@ fn parse_list(text: &str) -> Vec<u32> {
     cores
 }
 
+/// The cores of a mask, and of the same mask written by us. A list is read too.
+pub(crate) fn read_back(text: &str) -> (Vec<u32>, Vec<u32>) {
+    let _ = parse_list(text);
+    let cores = parse_mask(text);
+    let again = parse_mask(&format_mask(&cores));
+    (cores, again)
+}
+
 fn format_list(cores: &[u32]) -> String {
     cores.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
 }

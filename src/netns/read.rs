@@ -21,7 +21,7 @@ use netlink_packet_route::tc::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Rtnl};
 
-use super::message::{Devices, TBF_PARMS, TBF_RATE64, all_links};
+use super::message::{Devices, INGRESS_CHAIN, TBF_PARMS, TBF_RATE64, all_links};
 use super::nl::{Nl, NlError};
 use super::objects::{Dev, Key, MAIN, PROTOCOL, Selector, Side, State, TokenBucket, Value};
 use crate::model::Mac;
@@ -118,26 +118,29 @@ fn list_addresses(nl: &mut Nl, index: u32) -> Result<Vec<(u32, Addr)>, NlError> 
         message.header.index = index;
         for reply in nl.dump("list addresses", Rtnl::GetAddress(message))? {
             let Rtnl::NewAddress(a) = reply else { continue };
-            let mut local = None;
-            let mut address = None;
-            let mut flags = AddressFlags::empty();
-            for attribute in &a.attributes {
-                match attribute {
-                    AddressAttribute::Local(ip) => local = Some(*ip),
-                    AddressAttribute::Address(ip) => address = Some(*ip),
-                    AddressAttribute::Flags(f) => flags = *f,
-                    _ => {}
-                }
-            }
-            let net = local.or(address).and_then(|ip| IpNet::new(ip, a.header.prefix_len).ok());
-            if let Some(net) = net {
-                let global = a.header.scope == AddressScope::Universe;
-                let permanent = flags.contains(AddressFlags::Permanent);
-                found.push((a.header.index, Addr { net, global, permanent }));
-            }
+            found.extend(addr(&a).map(|found| (a.header.index, found)));
         }
     }
     Ok(found)
+}
+
+fn addr(message: &AddressMessage) -> Option<Addr> {
+    let mut local = None;
+    let mut address = None;
+    let mut flags = AddressFlags::empty();
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(ip) => local = Some(*ip),
+            AddressAttribute::Address(ip) => address = Some(*ip),
+            AddressAttribute::Flags(f) => flags = *f,
+            _ => {}
+        }
+    }
+    Some(Addr {
+        net: local.or(address).and_then(|ip| IpNet::new(ip, message.header.prefix_len).ok())?,
+        global: message.header.scope == AddressScope::Universe,
+        permanent: flags.contains(AddressFlags::Permanent),
+    })
 }
 
 /// A route as far as the plan knows it.
@@ -356,29 +359,44 @@ fn token_bucket(message: &TcMessage) -> Option<TokenBucket> {
 fn redirect_target(nl: &mut Nl, index: u32) -> Result<Option<u32>, NlError> {
     let mut message = TcMessage::default();
     message.header.index = index as i32;
-    message.header.parent = TcHandle { major: 0xffff, minor: 0 };
+    message.header.parent = INGRESS_CHAIN;
     let replies = nl.dump("list filters", Rtnl::GetTrafficFilter(message))?;
-    let actions = replies.iter().filter_map(|m| match m {
-        Rtnl::NewTrafficFilter(f) => Some(f),
+    Ok(replies.iter().find_map(|m| match m {
+        Rtnl::NewTrafficFilter(f) => mirrored_to(f),
         _ => None,
-    });
-    for filter in actions {
-        for attribute in &filter.attributes {
-            let TcAttribute::Options(options) = attribute else { continue };
-            for option in options {
-                let TcOption::U32(TcFilterU32Option::Action(actions)) = option else { continue };
-                for attribute in actions.iter().flat_map(|a| &a.attributes) {
-                    let TcActionAttribute::Options(options) = attribute else { continue };
-                    for option in options {
-                        if let TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror)) = option {
-                            return Ok(Some(mirror.ifindex));
-                        }
+    }))
+}
+
+fn mirrored_to(filter: &TcMessage) -> Option<u32> {
+    for attribute in &filter.attributes {
+        let TcAttribute::Options(options) = attribute else { continue };
+        for option in options {
+            let TcOption::U32(TcFilterU32Option::Action(actions)) = option else { continue };
+            for attribute in actions.iter().flat_map(|a| &a.attributes) {
+                let TcActionAttribute::Options(options) = attribute else { continue };
+                for option in options {
+                    if let TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror)) = option {
+                        return Some(mirror.ifindex);
                     }
                 }
             }
         }
     }
-    Ok(None)
+    None
+}
+
+/// All that this module reads from a message, for fuzzing.
+pub(crate) fn everything(message: &Rtnl) {
+    match message {
+        Rtnl::NewLink(m) => drop(may_be_eni(&device(m))),
+        Rtnl::NewAddress(m) => drop(addr(m)),
+        Rtnl::NewRoute(m) => drop(path(m)),
+        Rtnl::NewRule(m) => drop(rule(m)),
+        Rtnl::NewNeighbour(m) => drop(neighbour(m)),
+        Rtnl::NewQueueDiscipline(m) => drop(token_bucket(m)),
+        Rtnl::NewTrafficFilter(m) => drop(mirrored_to(m)),
+        _ => {}
+    }
 }
 
 /// Our routes of a pod's namespace, and the addresses they serve.

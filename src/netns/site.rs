@@ -15,6 +15,7 @@ use super::names::{LinkNames, eni_home_name, shaper};
 use super::nl::{GONE, Nl, NlError, Request};
 use super::objects::{Dev, Key, Link, LinkKind, Side, State, Value};
 use super::plan::Op;
+use super::programs::Placed;
 use super::read::{self, Device};
 use crate::model::Mac;
 use crate::sys::netns::Netns;
@@ -45,8 +46,9 @@ pub(super) struct Site<'a> {
     pub(super) devices: Devices,
 }
 
-/// Called between the making of links and their being set up.
-pub(super) type Ready<'a> = &'a mut dyn FnMut(&Devices) -> Result<(), String>;
+/// Called between the making of links and their being set up: before an ENI moves,
+/// and again when it has moved if programs are to wait for that.
+pub(super) type Ready<'a> = &'a mut dyn FnMut(&Devices) -> Result<Placed, String>;
 
 impl Site<'_> {
     /// The devices of the pod's side, with what they are to us.
@@ -216,13 +218,23 @@ impl Site<'_> {
         if let Some(eni) = &self.eni {
             self.devices.set(Dev::Eni, eni.index, &eni.name);
         }
-        ready(&self.devices).map_err(|cause| NlError { what: "program".to_owned(), errno: 0, cause })?;
+        let refused = |cause: String| NlError { what: "program".to_owned(), errno: 0, cause };
+        let mut placed = ready(&self.devices).map_err(refused)?;
         for (dev, link) in &links {
             match link.kind {
-                LinkKind::MovedEni => self.move_eni(*dev)?,
+                LinkKind::MovedEni => {
+                    // The kernel sets a device down that moves.
+                    self.move_eni(*dev)?;
+                    if placed == Placed::OnceInside {
+                        placed = ready(&self.devices).map_err(refused)?;
+                    }
+                }
                 LinkKind::Ifb => self.make_ifb(*dev)?,
                 _ => {}
             }
+        }
+        if placed == Placed::OnceInside {
+            return Err(refused("the ENI has not moved into the pod".to_owned()));
         }
         self.write_settings(ops, &fresh)?;
         let mut node = Vec::new();

@@ -18,6 +18,7 @@ use super::names::{self, link_names};
 use super::nl::{GONE, NlError};
 use super::objects::{Key, LinkKind, Selector, State, Value};
 use super::plan::{self, Op};
+use super::programs::Placed;
 use super::read::{self, Device};
 use super::unlink;
 use super::{Config, WireError};
@@ -128,7 +129,7 @@ impl Desk {
             Op::Delete(Key::Link(_), Value::Link(link)) => !matches!(link.kind, LinkKind::Veth { .. }),
             _ => true,
         });
-        let done = site.apply(&ops, &mut |_| Ok(()));
+        let done = site.apply(&ops, &mut |_| Ok(Placed::Yes));
         done.err().into_iter().flatten().map(|e| e.to_string()).collect()
     }
 

@@ -125,7 +125,7 @@ fn a_half_made_exclusive_pod_is_finished() {
             ("route", format!("ip -n {node} route del {v4}")),
             ("neighbour", format!("ip -n {ns} neigh del 169.254.1.1 dev {host}")),
             ("qdisc", format!("tc -n {ns} qdisc del dev eth0 root")),
-            ("qdisc", format!("tc -n {ns} qdisc del dev eth0 ingress")),
+            ("qdisc", format!("tc -n {ns} qdisc del dev eth0 clsact")),
             ("sysctl", format!("ip netns exec {ns} sysctl -qw net.ipv6.conf.eth0.accept_ra=1")),
         ];
         for (what, damage) in damages {
@@ -208,12 +208,12 @@ fn exclusive_bandwidth_is_kept_in_both_directions() {
         let into = throughput(&lab.router, &ns, lease.v4.into());
         let out = throughput(&ns, &lab.router, OUTSIDE4.into());
         println!("ingress {:.1} of 20 Mbit/s, egress {:.1} of 40 Mbit/s", into / 1e6, out / 1e6);
-        assert!((14e6..22.5e6).contains(&into), "{into}");
-        assert!((28e6..45e6).contains(&out), "{out}");
+        assert!((at_least(14e6)..22.5e6).contains(&into), "{into}");
+        assert!((at_least(28e6)..45e6).contains(&out), "{out}");
         lease.bandwidth = Bandwidth::default();
         wirer.ask(Wire { lease: lease.clone() }).await.unwrap();
         let free = throughput(&lab.router, &ns, lease.v4.into());
-        assert!(free > 100e6, "{free}");
+        assert!(free > at_least(100e6), "{free}");
         assert!(!ip(&format!("-n {ns} -o link")).contains("ifb"), "the block device is gone");
     });
 }

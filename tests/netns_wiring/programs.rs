@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use fairway::agent::programs::Programs;
+use fairway::datapath::{Datapath, Options, Via};
 use fairway::model::AttachMode::{Exclusive, Veth};
-use fairway::model::AttachmentId;
-use fairway::netns::{Attachment, Inventory, PodPrograms, PrepareEni, Unwire, Verify, Wire, WireError};
+use fairway::model::{AttachmentId, Bandwidth};
+use fairway::netns::{Attachment, Inventory, Placed, PodPrograms, PrepareEni, Unwire, Verify, Wire, WireError};
 
 use crate::support::*;
 
@@ -15,10 +17,12 @@ struct Probe {
     calls: Mutex<Vec<String>>,
     refuse: AtomicBool,
     die: AtomicBool,
+    /// As on a kernel where a device that moves loses its programs; the pod.
+    loses: Mutex<Option<String>>,
 }
 
 impl PodPrograms for Probe {
-    fn attach(&self, to: &Attachment<'_>) -> Result<(), String> {
+    fn attach(&self, to: &Attachment<'_>) -> Result<Placed, String> {
         if self.die.swap(false, Ordering::SeqCst) {
             panic!("the loader died");
         }
@@ -33,7 +37,15 @@ impl PodPrograms for Probe {
         let up = link["flags"].as_array().unwrap().contains(&"UP".into());
         let eni = to.eni_ifindex.map(|i| by_index(i).unwrap()["address"].as_str().unwrap().to_owned());
         self.calls.lock().unwrap().push(format!("attach up={up} eni={eni:?}"));
-        Ok(())
+        let Some(pod) = &*self.loses.lock().unwrap() else { return Ok(Placed::Yes) };
+        if to.eni_ifindex.is_some() {
+            return Ok(Placed::OnceInside);
+        }
+        let inside = &show(pod, "link show eth0")[0];
+        assert_eq!(inside["address"], to.lease.eni.mac.to_string());
+        assert!(!inside["flags"].as_array().unwrap().contains(&"UP".into()), "no packet has passed: {inside}");
+        self.calls.lock().unwrap().push("inside".to_owned());
+        Ok(Placed::Yes)
     }
     fn detach(&self, from: &AttachmentId) -> Result<(), String> {
         self.calls.lock().unwrap().push(format!("detach {}", from.ifname));
@@ -87,6 +99,95 @@ fn programs_are_in_place_before_a_packet_can_pass() {
         assert!(refused.to_string().contains("the verifier said no"), "{refused}");
         assert_eq!(before, snapshot(&lab.node), "a pod without its program is not wired");
     });
+}
+
+#[test]
+fn programs_that_a_move_would_lose_are_attached_inside_before_the_eni_is_up() {
+    if skipped("programs_that_a_move_would_lose_are_attached_inside_before_the_eni_is_up") {
+        return;
+    }
+    let lab = Lab::new();
+    let own = lab.eni(1);
+    // As a system that configures every device would leave it.
+    ip(&format!("-n {} link set eth1 up", lab.node));
+    let (ns, lease) = lab.pod(&own, 21, Exclusive);
+    let probe = Arc::new(Probe { loses: Mutex::new(Some(ns.clone())), ..Probe::default() });
+    lab.run_with(probe.clone(), async |wirer| {
+        wirer.ask(Wire { lease: lease.clone() }).await.unwrap();
+        let first = format!("attach up=false eni={:?}", Some(own.mac.to_string()));
+        assert_eq!(*probe.calls.lock().unwrap(), [&*first, "attach up=false eni=None", "inside"]);
+        let outside = listen(&lab.router, OUTSIDE4);
+        assert_eq!(whoami(&ns, outside.at), Ok(lease.v4.into()));
+        wirer.ask(Unwire { lease: lease.clone() }).await.unwrap();
+        // Refused inside: the ENI goes home again.
+        let before = snapshot(&lab.node);
+        probe.refuse.store(true, Ordering::SeqCst);
+        wirer.ask(Wire { lease: lease.clone() }).await.unwrap_err();
+        assert_eq!(before, snapshot(&lab.node));
+    });
+}
+
+#[test]
+fn an_exclusive_pod_has_its_programs_however_this_kernel_attaches_them() {
+    let test = "an_exclusive_pod_has_its_programs_however_this_kernel_attaches_them";
+    if skipped(test) {
+        return;
+    }
+    for in_pod in [Via::Tcx, Via::Clsact] {
+        let lab = Lab::new();
+        let Some(bpffs) = Bpffs::mount(test) else { return };
+        if cannot_shape(test, &lab) {
+            return;
+        }
+        let open = || {
+            let options = Options { in_pod, ..Options::default() };
+            Arc::new(Programs::new(Datapath::open_with(bpffs.0.path(), options).unwrap().0, true))
+        };
+        let own = lab.eni(1);
+        let (ns, mut lease) = lab.pod(&own, 21, Exclusive);
+        lease.bandwidth = Bandwidth { ingress_bps: Some(30_000_000), egress_bps: Some(30_000_000) };
+        let outside = listen(&lab.router, OUTSIDE4);
+        let programs = open();
+        let moved = |programs: &Programs| {
+            let seen = &programs.view()[0];
+            let count = |key: &str| seen[key].as_u64().unwrap();
+            (count("ingress_packets"), count("egress_packets"))
+        };
+        lab.run_with(programs.clone(), async |wirer| {
+            wirer.ask(Wire { lease: lease.clone() }).await.unwrap();
+            assert_eq!(wirer.ask(Verify { lease: lease.clone() }).await.unwrap(), []);
+            assert_eq!(whoami(&ns, outside.at), Ok(lease.v4.into()));
+            let (ingress, egress) = moved(&programs);
+            assert!(ingress >= 4 && egress >= 4, "both sides of a conversation: {ingress} {egress}");
+            // Taken away, with the limit that hangs beside them.
+            if programs.view()[0]["via"] == "clsact" {
+                let tc = ["-n", &ns, "qdisc", "del", "dev", "eth0", "clsact"];
+                assert!(std::process::Command::new("tc").args(tc).status().unwrap().success());
+                let findings = wirer.ask(Verify { lease: lease.clone() }).await.unwrap();
+                let whats: Vec<_> = findings.iter().map(|f| &*f.what).collect();
+                assert_eq!(whats, ["qdisc", "program"], "{findings:?}");
+            }
+            wirer.ask(Wire { lease: lease.clone() }).await.unwrap();
+            assert_eq!(wirer.ask(Verify { lease: lease.clone() }).await.unwrap(), []);
+        });
+        drop(programs);
+        // The agent is another one now.
+        let programs = open();
+        programs.take_up(std::slice::from_ref(&lease));
+        lab.run_with(programs.clone(), async |wirer| {
+            assert_eq!(wirer.ask(Verify { lease: lease.clone() }).await.unwrap(), []);
+            let before = moved(&programs);
+            assert_eq!(whoami(&ns, outside.at), Ok(lease.v4.into()));
+            let after = moved(&programs);
+            assert!(after.0 > before.0 && after.1 > before.1, "{before:?} {after:?}");
+            wirer.ask(Unwire { lease: lease.clone() }).await.unwrap();
+            assert_eq!(wirer.ask(Inventory {}).await.unwrap().pinned, [] as [&str; 0]);
+        });
+        let home = format!("eni{}", own.mac.to_string().replace(':', ""));
+        let tc = ["-n", &lab.node, "qdisc", "show", "dev", &home];
+        let left = std::process::Command::new("tc").args(tc).output().unwrap().stdout;
+        assert!(!String::from_utf8(left).unwrap().contains("clsact"), "it comes home as it went");
+    }
 }
 
 #[test]

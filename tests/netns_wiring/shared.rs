@@ -311,13 +311,13 @@ fn bandwidth_is_kept_in_both_directions() {
         let into = throughput(&lab.router, &ns, lease.v4.into());
         let out = throughput(&ns, &lab.router, OUTSIDE4.into());
         println!("ingress {:.1} of 20 Mbit/s, egress {:.1} of 40 Mbit/s", into / 1e6, out / 1e6);
-        assert!((14e6..22.5e6).contains(&into), "{into}");
-        assert!((28e6..45e6).contains(&out), "{out}");
+        assert!((at_least(14e6)..22.5e6).contains(&into), "{into}");
+        assert!((at_least(28e6)..45e6).contains(&out), "{out}");
         // Taken away again, the limits go.
         lease.bandwidth = Bandwidth::default();
         wirer.ask(Wire { lease: lease.clone() }).await.unwrap();
         let free = throughput(&lab.router, &ns, lease.v4.into());
-        assert!(free > 100e6, "{free}");
+        assert!(free > at_least(100e6), "{free}");
     });
 }
 

@@ -63,6 +63,12 @@ pub fn cannot_shape(test: &str, lab: &Lab) -> bool {
     true
 }
 
+/// Least throughput for a limit to be kept rather than choked, in bits per second.
+/// A machine that is emulated does not reach every limit.
+pub fn at_least(bps: f64) -> f64 {
+    if std::env::var_os("FAIRWAY_EMULATED").is_some() { bps / 4.0 } else { bps }
+}
+
 pub fn ip(args: &str) -> String {
     let out = Command::new("ip").args(args.split_whitespace()).output().unwrap();
     assert!(out.status.success(), "ip {args}: {}", String::from_utf8_lossy(&out.stderr));
@@ -436,6 +442,28 @@ impl Wirer {
                 Err(e) => panic!("{}: {e}", M::NAME),
             }
         }
+    }
+}
+
+/// A BPF file system of one test.
+pub struct Bpffs(pub tempfile::TempDir);
+
+impl Bpffs {
+    /// `None`, and counted as skipped, on a kernel without.
+    pub fn mount(test: &str) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let none: Option<&str> = None;
+        let done = nix::mount::mount(Some("bpf"), dir.path(), Some("bpf"), nix::mount::MsFlags::empty(), none);
+        if done.is_err() {
+            skip(test, "the bpf file system");
+        }
+        done.is_ok().then_some(Self(dir))
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
     }
 }
 

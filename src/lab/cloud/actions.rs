@@ -137,6 +137,12 @@ fn described_text(params: &Params, name: &str, max: usize) -> Result<String, Api
     Ok(text)
 }
 
+/// Every reader of parameters, without an account to do anything with.
+pub(crate) fn read_all(params: &Params) -> Result<(), ApiError> {
+    let created = read_create(params).map(drop);
+    created.and(describe::read_all(params))
+}
+
 fn read_create(params: &Params) -> Result<CreateEni, ApiError> {
     let vswitch = params.required("VSwitchId")?.to_owned();
     let listed = params.list("SecurityGroupIds", 16)?;

@@ -4,9 +4,9 @@
 //! `route` says what a path means, `negotiate` what the client sends and wants
 //! back, `resource` answers requests on objects, `stream` is watches.
 
-mod negotiate;
+pub(crate) mod negotiate;
 mod resource;
-mod route;
+pub(crate) mod route;
 mod stream;
 
 use std::collections::BTreeMap;

@@ -149,7 +149,7 @@ pub fn counters(ns: &Netns) -> Result<Counters, NftError> {
     parse_counters(&run(ns, &["-j", "list", "counters", "table", "inet", "vpc"], "")?)
 }
 
-fn parse_counters(json: &str) -> Result<Counters, NftError> {
+pub(crate) fn parse_counters(json: &str) -> Result<Counters, NftError> {
     let bad = |e: &dyn std::fmt::Display| NftError::Unreadable(e.to_string());
     let document: serde_json::Value = serde_json::from_str(json).map_err(|e| bad(&e))?;
     let items = document["nftables"].as_array().ok_or_else(|| bad(&"no list"))?;

@@ -43,6 +43,10 @@ struct Filter {
     service_managed: bool,
 }
 
+pub(super) fn read_all(params: &Params) -> Result<(), ApiError> {
+    Filter::read(params).map(drop)
+}
+
 impl Filter {
     fn read(params: &Params) -> Result<Self, ApiError> {
         let owned = |name: &str| params.get(name).map(str::to_owned);

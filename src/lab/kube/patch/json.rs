@@ -4,6 +4,12 @@ use serde_json::Value;
 
 /// Operations in one patch, as the real server bounds them.
 const MOST: usize = 10_000;
+/// What `copy` may add to an object in all, in values: thirty of them could make
+/// a billion from one.
+const MOST_COPIED: usize = 200_000;
+/// Levels an object may come to: everything that reads one calls itself for each.
+/// JSON that comes in has 128 at most.
+const DEEPEST: usize = 256;
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -22,13 +28,14 @@ pub fn apply(target: &Value, patch: &Value) -> Result<Value, JsonPatchError> {
         return Err(wrong(format!("a JSON patch may have {MOST} operations at most")));
     }
     let mut result = target.clone();
+    let mut copied = 0;
     for operation in operations {
-        step(&mut result, operation)?;
+        step(&mut result, operation, &mut copied)?;
     }
     Ok(result)
 }
 
-fn step(target: &mut Value, operation: &Value) -> Result<(), JsonPatchError> {
+fn step(target: &mut Value, operation: &Value, copied: &mut usize) -> Result<(), JsonPatchError> {
     let word = |key: &str| operation.get(key).and_then(Value::as_str);
     let need = |key: &str| word(key).ok_or_else(|| wrong(format!("operation lacks \"{key}\"")));
     let value = || operation.get("value").cloned().ok_or_else(|| wrong("operation lacks \"value\""));
@@ -37,14 +44,21 @@ fn step(target: &mut Value, operation: &Value) -> Result<(), JsonPatchError> {
         "add" => add(target, path, value()?),
         "remove" => remove(target, path).map(drop),
         "replace" => {
+            let value = value()?;
+            not_too_deep(path, &value)?;
             let slot = target.pointer_mut(path).ok_or_else(|| missing(path))?;
-            *slot = value()?;
+            *slot = value;
             Ok(())
         }
         "copy" => {
             let from = need("from")?;
-            let copied = target.pointer(from).cloned().ok_or_else(|| missing(from))?;
-            add(target, path, copied)
+            let original = target.pointer(from).ok_or_else(|| missing(from))?;
+            *copied = copied.saturating_add(size(original));
+            if *copied > MOST_COPIED {
+                return Err(wrong(format!("the patch copies more than {MOST_COPIED} values")));
+            }
+            let copy = original.clone();
+            add(target, path, copy)
         }
         "move" => {
             let from = need("from")?;
@@ -61,6 +75,31 @@ fn step(target: &mut Value, operation: &Value) -> Result<(), JsonPatchError> {
         }
         other => Err(wrong(format!("unknown operation \"{other}\""))),
     }
+}
+
+fn size(value: &Value) -> usize {
+    1 + match value {
+        Value::Array(list) => list.iter().map(size).sum(),
+        Value::Object(map) => map.values().map(size).sum(),
+        // A long text weighs as much as many numbers.
+        Value::String(text) => text.len() / 32,
+        _ => 0,
+    }
+}
+
+fn depth(value: &Value) -> usize {
+    1 + match value {
+        Value::Array(list) => list.iter().map(depth).max().unwrap_or(0),
+        Value::Object(map) => map.values().map(depth).max().unwrap_or(0),
+        _ => 0,
+    }
+}
+
+fn not_too_deep(path: &str, value: &Value) -> Result<(), JsonPatchError> {
+    if path.matches('/').count() + depth(value) > DEEPEST {
+        return Err(wrong(format!("the object would have more than {DEEPEST} levels")));
+    }
+    Ok(())
 }
 
 fn missing(path: &str) -> JsonPatchError {
@@ -82,6 +121,7 @@ fn index(word: &str, length: usize) -> Result<usize, JsonPatchError> {
 }
 
 fn add(target: &mut Value, path: &str, value: Value) -> Result<(), JsonPatchError> {
+    not_too_deep(path, &value)?;
     if path.is_empty() {
         *target = value;
         return Ok(());
@@ -113,5 +153,32 @@ fn remove(target: &mut Value, path: &str) -> Result<Value, JsonPatchError> {
             Ok(list.remove(at))
         }
         _ => Err(missing(path)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn copies_do_not_grow_without_end() {
+        let double = json!({"op": "copy", "from": "", "path": "/a"});
+        let patch = Value::Array(vec![double; 40]);
+        let refused = apply(&json!({"text": "x".repeat(1000)}), &patch).unwrap_err();
+        assert!(refused.to_string().contains("copies more than"), "{refused}");
+    }
+
+    #[test]
+    fn an_object_does_not_grow_deeper_than_one_can_walk() {
+        // Each puts all that is there one level down.
+        let down = [
+            json!({"op": "add", "path": "/b", "value": {}}),
+            json!({"op": "move", "from": "/a", "path": "/b/a"}),
+            json!({"op": "move", "from": "/b", "path": "/a"}),
+        ];
+        let patch: Vec<Value> = down.iter().cycle().take(3 * 1000).cloned().collect();
+        let refused = apply(&json!({"a": 1}), &Value::Array(patch)).unwrap_err();
+        assert!(refused.to_string().contains("levels"), "{refused}");
     }
 }
