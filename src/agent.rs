@@ -24,7 +24,7 @@ use crate::cloud::{CloudApi, CloudStats};
 use crate::cluster::ClusterWatch;
 use crate::cni::{self, CniServer};
 use crate::config::Config;
-use crate::datapath::{Datapath, DatapathError};
+use crate::datapath::{Datapath, DatapathError, cgroup_root};
 use crate::debug::{Collect, DebugHttp, Query, ReadyCheck, View, Views};
 use crate::netns::{NetnsWirer, NoPrograms, PodPrograms, Wiring};
 use crate::pool::snapshot::PoolSnapshot;
@@ -79,7 +79,7 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
 
     // The kernel.
     let programs = match &config.bpffs {
-        Some(bpffs) => Some(open_datapath(bpffs, config.fast_path)?),
+        Some(bpffs) => Some(open_datapath(bpffs, &config)?),
         None => None,
     };
     let hooks: Arc<dyn PodPrograms> = match &programs {
@@ -193,15 +193,22 @@ impl Stop {
     }
 }
 
-fn open_datapath(bpffs: &std::path::Path, fast_path: bool) -> Result<Arc<Programs>, AgentError> {
-    let (datapath, adoption) = Datapath::open(bpffs)?;
+fn open_datapath(bpffs: &std::path::Path, config: &Config) -> Result<Arc<Programs>, AgentError> {
+    let (mut datapath, adoption) = Datapath::open(bpffs)?;
+    if config.services.enabled {
+        let root = cgroup_root(config.services.cgroup_root.as_deref())?;
+        datapath.attach_sockets(&root)?;
+    } else {
+        datapath.detach_sockets()?;
+    }
     tracing::info!(
         adopted = adoption.adopted.len(),
         collected = adoption.collected.len(),
         rotated = ?adoption.rotated,
+        sockets = datapath.socket_doors().len(),
         "eBPF programs loaded"
     );
-    Ok(Arc::new(Programs::new(datapath, fast_path)))
+    Ok(Arc::new(Programs::new(datapath, config.fast_path.unwrap_or(config.services.enabled))))
 }
 
 fn cloud_ports(cloud: &Handle<CloudApi>) -> pool::CloudPorts {

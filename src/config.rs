@@ -22,8 +22,9 @@ pub struct Config {
     /// A mounted bpf file system; none: pods' traffic is not counted.
     pub bpffs: Option<PathBuf>,
     /// Pods' packets go past the node's stack once it has seen a connection open.
-    /// Not beside kube-proxy or chained plugins that translate addresses there.
-    pub fast_path: bool,
+    /// Absent: when Fairway carries Services, since beside kube-proxy the stack has
+    /// to translate them.
+    pub fast_path: Option<bool>,
     pub log: telemetry::Config,
     pub cloud: cloud::Config,
     pub pool: pool::Config,
@@ -40,7 +41,7 @@ impl Default for Config {
             node: String::new(),
             state_dir: "/var/lib/fairway".into(),
             bpffs: Some("/sys/fs/bpf".into()),
-            fast_path: false,
+            fast_path: None,
             log: telemetry::Config::default(),
             cloud: cloud::Config::default(),
             pool: pool::Config::default(),

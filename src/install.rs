@@ -27,7 +27,7 @@ impl Conflist {
             "type": "fairway-cni",
             "socket": self.socket,
             "spoolDir": self.spool,
-            "capabilities": { "bandwidth": true, "io.kubernetes.cri.pod-annotations": true },
+            "capabilities": { "bandwidth": true, "portMappings": true, "io.kubernetes.cri.pod-annotations": true },
         })];
         if self.portmap {
             plugins.push(json!({ "type": "portmap", "snat": false, "capabilities": { "portMappings": true } }));

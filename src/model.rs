@@ -193,6 +193,17 @@ impl Bandwidth {
     }
 }
 
+/// What a pod asks of the programs at its device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Traffic {
+    /// Ports of the node are its: the node's stack translates some of its packets,
+    /// so all must pass there.
+    pub host_ports: bool,
+    /// Services are resolved packet by packet, never when a process connects.
+    pub per_packet: bool,
+}
+
 /// The network a vSwitch gives its ENIs. The gateway is the last address but
 /// two of the IPv4 block (`…253` of a /24), as the cloud defines it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -228,6 +239,8 @@ pub struct Lease {
     /// The namespace's path, as the runtime named it.
     pub netns: PathBuf,
     pub bandwidth: Bandwidth,
+    #[serde(default)]
+    pub traffic: Traffic,
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ use tokio::time::Instant;
 
 use crate::actor::{Actor, Ctx, Handles, Message, Port, Responder, StartError};
 use crate::cloud::{self, CloudError};
-use crate::model::{AttachMode, AttachmentId, Bandwidth, Lease, PodKey, SecurityGroupId};
+use crate::model::{AttachMode, AttachmentId, Bandwidth, Lease, PodKey, SecurityGroupId, Traffic};
 use crate::netns;
 
 pub use audit::AuditReport;
@@ -70,6 +70,7 @@ pub struct Allocate {
     pub mode: AttachMode,
     pub netns: PathBuf,
     pub bandwidth: Bandwidth,
+    pub traffic: Traffic,
     /// Keep the address for the same pod name this long after release
     /// (StatefulSet pods); it is also taken from a reservation when one exists.
     pub reserve: Option<Duration>,

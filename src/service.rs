@@ -37,6 +37,7 @@ pub mod sync;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -69,11 +70,14 @@ pub struct Config {
     /// Carry Services, in the place of kube-proxy. Two that do so at once are one
     /// too many: where kube-proxy runs, say false or remove it.
     pub enabled: bool,
+    /// The root of the machine's cgroup v2 tree; absent: looked for among what is
+    /// mounted.
+    pub cgroup_root: Option<PathBuf>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { enabled: true }
+        Self { enabled: true, cgroup_root: None }
     }
 }
 

@@ -622,6 +622,7 @@ fn lease(sandbox: &str, mode: AttachMode, netns: &str) -> Lease {
         v6: None,
         netns: netns.into(),
         bandwidth: Bandwidth::default(),
+        traffic: Default::default(),
     }
 }
 

@@ -1,13 +1,18 @@
 //! Services in the lab: what the API server says is in every node's maps, can be
-//! asked for on the command line, and outlives the agent.
+//! asked for on the command line, carries pods' and nodes' traffic, and outlives
+//! the agent.
 
 mod e2e_support;
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
 
-use e2e_support::pods::{first4, pod};
+use e2e_support::pods::{first4, ns, pod};
 use e2e_support::{Lab, lab, missing, skip};
+use fairway::lab::vpc::ns::Netns;
+use fairway::lab::workload::client::Ask;
 use serde_json::{Value, json};
 
 fn fairway(lab: &Lab, node: usize, args: &[&str]) -> (bool, String) {
@@ -92,5 +97,85 @@ async fn services_are_in_every_nodes_maps_and_outlive_the_agent() {
     let old = before[0]["backends"].as_array().unwrap();
     let same = old.iter().find(|b| b["addr"] == after["backends"][0]["addr"]).unwrap();
     assert_eq!(same["id"], after["backends"][0]["id"]);
+    lab.down().await;
+}
+
+/// Who answers at a Service, asked some times by both protocols.
+async fn answers(from: &Netns, at: SocketAddr) -> Result<BTreeSet<String>, String> {
+    let mut seen = BTreeSet::new();
+    for n in 0..16 {
+        let (how, answer) =
+            if n % 2 == 0 { ("tcp", Ask::new(at).tcp(from).await) } else { ("udp", Ask::new(at).udp(from).await) };
+        seen.insert(answer.map_err(|e| format!("{how}: {e}"))?.text);
+    }
+    Ok(seen)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_and_nodes_reach_a_service_also_while_the_agent_is_dead() {
+    if let Some(missing) = missing() {
+        return skip("pods_and_nodes_reach_a_service_also_while_the_agent_is_dead", missing);
+    }
+    let lab = lab("st", 2, |_| ()).await;
+    let mut records = Vec::new();
+    for (name, node, exclusive) in
+        [("web0", 0, false), ("web1", 1, false), ("web2", 1, true), ("ask0", 0, false), ("ask1", 0, true)]
+    {
+        let mut made = pod(name, &lab.node(node).name, exclusive);
+        if name.starts_with("web") {
+            made["metadata"]["labels"] = json!({"app": "web"});
+        }
+        lab.kube().apply(made).unwrap();
+    }
+    for name in ["web0", "web1", "web2", "ask0", "ask1"] {
+        records.push(lab.ready(name).await);
+    }
+    let port =
+        |protocol: &str| json!({"name": protocol.to_lowercase(), "port": 80, "targetPort": 8080, "protocol": protocol});
+    lab.kube()
+        .apply(json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web"},
+            "spec": {"selector": {"app": "web"}, "ports": [port("TCP"), port("UDP")]},
+        }))
+        .unwrap();
+    let service = lab.kube().get("Service", "default", "web").unwrap();
+    let at: SocketAddr = format!("{}:80", service["spec"]["clusterIP"].as_str().unwrap()).parse().unwrap();
+    let all: BTreeSet<String> = ["web0", "web1", "web2"].map(str::to_owned).into();
+
+    let mut clients: Vec<(String, Netns)> = records.iter().map(|r| (r.pod.name.clone(), ns(r))).collect();
+    clients.extend((0..2).map(|n| (lab.node(n).name.clone(), lab.node(n).node.ns().clone())));
+    for (who, from) in &clients {
+        lab.until(&format!("every backend from {who}"), Duration::from_secs(20), async || {
+            let seen = answers(from, at).await.map_err(|e| format!("{who}: {e}"))?;
+            if seen == all { Ok(()) } else { Err(format!("{who} reached {seen:?}")) }
+        })
+        .await;
+    }
+
+    // Nobody is needed for that.
+    lab.node(0).node.kill_agent().await;
+    for (who, from) in &clients {
+        answers(from, at).await.unwrap_or_else(|e| panic!("{who}, without an agent: {e}"));
+    }
+    lab.start_agent(0, &[], None).await;
+    lab.agent_ready(0).await;
+
+    // The last backend goes: refused, by both protocols, from everywhere.
+    for name in ["web0", "web1", "web2"] {
+        lab.delete(name);
+    }
+    let clients = clients.iter().filter(|(who, _)| !who.starts_with("web"));
+    for (who, from) in clients {
+        lab.until(&format!("a refusal at {who}"), Duration::from_secs(20), async || {
+            for answer in [Ask::new(at).tcp(from).await, Ask::new(at).udp(from).await] {
+                match answer {
+                    Err(fairway::lab::workload::client::AskError::Refused(_)) => {}
+                    other => return Err(format!("{other:?}")),
+                }
+            }
+            Ok(())
+        })
+        .await;
+    }
     lab.down().await;
 }

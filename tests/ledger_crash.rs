@@ -108,6 +108,7 @@ fn lease(n: u64, v4: Ipv4Addr, eni: EniRef) -> Lease {
         v6: None,
         netns: PathBuf::from(format!("/var/run/netns/sandbox-{n}")),
         bandwidth: Bandwidth::default(),
+        traffic: Default::default(),
     }
 }
 

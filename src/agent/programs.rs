@@ -36,8 +36,8 @@ impl Programs {
             gateway6: subnet.gateway6,
             eni: of.shared_eni,
             cookie: of.netns_cookie,
-            per_packet: false,
-            short: self.fast_path && of.shared_eni.is_some(),
+            per_packet: lease.traffic.per_packet,
+            short: self.fast_path && of.shared_eni.is_some() && !lease.traffic.host_ports,
             limited: lease.bandwidth.ingress_bps.is_some(),
         }
     }

@@ -21,7 +21,7 @@ use super::wishes::{self, Known, Wishes};
 use super::{Config, Ports, SpoolWorker};
 use crate::actor::{AskError, Deadline};
 use crate::cluster::{About, Facts, PodInfo, RecordEvent};
-use crate::model::{AttachmentId, Lease, PodKey};
+use crate::model::{AttachmentId, Lease, PodKey, Traffic};
 use crate::netns::{Unwire, Verify, Wire};
 use crate::pool::{Allocate, BeginRelease, Confirm, FinishRelease, Leases, Lookup, PoolError};
 
@@ -101,6 +101,7 @@ impl Desk {
             mode: wishes.mode,
             netns: call.netns.clone(),
             bandwidth: wishes.bandwidth,
+            traffic: Traffic { host_ports: call.config.host_ports, per_packet: wishes.per_packet },
             reserve: wishes.reserve,
         };
         let done = async {

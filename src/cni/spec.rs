@@ -34,6 +34,8 @@ pub struct NetConf {
     pub name: String,
     /// `runtimeConfig`, as the runtime filled it in.
     pub bandwidth: Option<Value>,
+    /// `runtimeConfig.portMappings` names ports of the node.
+    pub host_ports: bool,
     pub annotations: Option<BTreeMap<String, String>>,
     pub previous: Option<CniResult>,
     /// For GC.
@@ -139,6 +141,13 @@ impl NetConf {
         match command {
             Command::Add => {
                 out.bandwidth = runtime.and_then(|r| r.get("bandwidth")).filter(|v| !v.is_null()).cloned();
+                out.host_ports = match runtime.and_then(|r| r.get("portMappings")) {
+                    None | Some(Value::Null) => false,
+                    Some(Value::Array(ports)) => !ports.is_empty(),
+                    Some(other) => {
+                        return Err(invalid(format!("portMappings is {}", wire::brief(other)), "it is a list"));
+                    }
+                };
                 out.annotations = match runtime.and_then(|r| r.get(POD_ANNOTATIONS)) {
                     None | Some(Value::Null) => None,
                     Some(v) => Some(string_map(v)?),

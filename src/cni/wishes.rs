@@ -18,6 +18,8 @@ use crate::model::{AttachMode, Bandwidth};
 pub const ENI: &str = "fairway.io/eni";
 /// Pod annotation: how long the address is kept for the pod's name.
 pub const RESERVATION: &str = "fairway.io/address-reservation";
+/// Pod annotation: where Services are resolved, `socket` or `packet`.
+pub const SERVICES: &str = "fairway.io/services";
 pub const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
 pub const EGRESS: &str = "kubernetes.io/egress-bandwidth";
 
@@ -32,6 +34,8 @@ pub struct Wishes {
     pub mode: AttachMode,
     pub bandwidth: Bandwidth,
     pub reserve: Option<Duration>,
+    /// Services packet by packet: for service meshes and sandboxed runtimes.
+    pub per_packet: bool,
 }
 
 /// What is known about the pod and its node when ADD comes.
@@ -61,7 +65,12 @@ pub fn decide(known: &Known<'_>) -> Result<Wishes, CniError> {
         Some(value) => reservation(value)?,
         None => known.stateful_reserve.filter(|_| known.stateful),
     };
-    Ok(Wishes { mode, bandwidth, reserve })
+    let per_packet = match said(SERVICES) {
+        None | Some("socket") => false,
+        Some("packet") => true,
+        Some(other) => return Err(refuse(&format!("annotation {SERVICES}"), other, "socket or packet")),
+    };
+    Ok(Wishes { mode, bandwidth, reserve, per_packet })
 }
 
 fn refuse(what: &str, value: &str, want: &str) -> CniError {

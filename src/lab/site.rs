@@ -249,7 +249,6 @@ impl Site {
             "node": node,
             "state_dir": root.join("state"),
             "bpffs": root.join("bpf"),
-            "fast_path": true,
             "cloud": {
                 "endpoints": { "ecs": api, "vpc": api, "metadata": format!("http://{METADATA}") },
                 "ca_file": state.join("ca.pem"),

@@ -8,6 +8,7 @@
 
 use std::net::IpAddr;
 
+use fairway_ebpf_abi::HAIRPIN4;
 use ipnet::IpNet;
 
 use super::Config;
@@ -41,7 +42,12 @@ pub(super) fn desired(config: &Config, lease: &Lease, facts: &Facts, names: &Lin
         state.insert(Key::Address(Dev::Pod, ip.into()), Value::Address);
         if let Some(gateway) = vpc_gateway {
             let out = Value::Route { dev: Dev::Pod, via: Some(gateway), source: None };
-            state.insert(Key::Route(Side::Pod, MAIN, everywhere(ip)), out);
+            state.insert(Key::Route(Side::Pod, MAIN, everywhere(ip)), out.clone());
+            // Who a pod seems to talk to when it talks to itself through a Service:
+            // the programs are on the ENI, not on the link to the node.
+            if ip.is_ipv4() {
+                state.insert(Key::Route(Side::Pod, MAIN, IpAddr::from(HAIRPIN4).into()), out);
+            }
         }
         // The way to the node, and back.
         state.insert(Key::Neighbour(Dev::NodeLink, node_gateway), Value::Neighbour(names.host_mac));

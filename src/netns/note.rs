@@ -129,6 +129,7 @@ mod tests {
             v6: None,
             netns: "/var/run/netns/cni-8c1f7ed1-0a55-4f8a-8d58-1f1a4f7f1d11".into(),
             bandwidth: Bandwidth { ingress_bps: None, egress_bps: Some(1_000_000) },
+            traffic: Default::default(),
         }
     }
 

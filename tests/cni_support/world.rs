@@ -97,6 +97,7 @@ impl Model {
             v6: None,
             netns: asked.netns.clone(),
             bandwidth: asked.bandwidth,
+            traffic: Default::default(),
         };
         self.leases.insert(asked.attachment.clone(), lease.clone());
         lease

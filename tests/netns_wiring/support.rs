@@ -376,6 +376,7 @@ impl Lab {
             v6: Some(format!("fd00:0:0:{n}::{host:x}").parse().unwrap()),
             netns: PathBuf::from("/var/run/netns").join(ns),
             bandwidth: Bandwidth::default(),
+            traffic: Default::default(),
         }
     }
 

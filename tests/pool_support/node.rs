@@ -273,6 +273,7 @@ impl Node {
             mode,
             netns,
             bandwidth: Bandwidth::default(),
+            traffic: Default::default(),
             reserve: n.is_multiple_of(5).then_some(self.config.reservation),
         };
         let deadline = Deadline::after(budget);

@@ -99,6 +99,7 @@ impl World {
             pod_uid: Some(format!("uid-{n}")),
             mode,
             bandwidth: Bandwidth::default(),
+            traffic: Default::default(),
             reserve: reserve.then_some(self.config.reservation),
         });
     }

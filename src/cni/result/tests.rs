@@ -30,6 +30,7 @@ fn lease(mode: AttachMode, v6: bool) -> Lease {
         v6: v6.then(|| "2001:db8::10".parse::<Ipv6Addr>().unwrap()),
         netns: "/var/run/netns/cni-1".into(),
         bandwidth: Bandwidth::default(),
+        traffic: Default::default(),
     }
 }
 

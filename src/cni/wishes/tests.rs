@@ -18,7 +18,10 @@ fn ask(pairs: &[(&str, &str)]) -> Result<Wishes, CniError> {
 #[test]
 fn a_pod_that_says_nothing_gets_the_defaults() {
     let wishes = decide(&Known::default()).unwrap();
-    assert_eq!(wishes, Wishes { mode: AttachMode::Veth, bandwidth: Bandwidth::default(), reserve: None });
+    assert_eq!(
+        wishes,
+        Wishes { mode: AttachMode::Veth, bandwidth: Bandwidth::default(), reserve: None, per_packet: false }
+    );
 }
 
 #[test]

@@ -31,6 +31,7 @@ fn lease(mode: AttachMode, n: u8, host: u8, v6: bool, bandwidth: Bandwidth) -> L
         v6: v6.then(|| format!("fd00:0:0:{n}::{host:x}").parse().unwrap()),
         netns: PathBuf::from("/var/run/netns/x"),
         bandwidth,
+        traffic: Default::default(),
     }
 }
 

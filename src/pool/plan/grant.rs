@@ -118,6 +118,7 @@ impl Planner<'_> {
             v6: address.v6,
             netns: request.netns.clone(),
             bandwidth: request.bandwidth,
+            traffic: request.traffic,
         })
     }
 }
