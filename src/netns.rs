@@ -44,7 +44,7 @@ use serde::{Deserialize, Serialize};
 use crate::actor::Message;
 use crate::model::{AttachmentId, Bandwidth, EniId, EniRef, Lease, Mac, PodKey};
 
-pub use config::{BadConfig, Config};
+pub use config::{BadConfig, Config, SpreadReceive};
 pub use programs::{Attachment, NoPrograms, Placed, PodPrograms};
 pub use wirer::{NetnsWirer, Wiring};
 

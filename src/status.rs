@@ -152,6 +152,7 @@ fn enis(pool: &PoolSnapshot) -> String {
         "ADDRESSES",
         "LEASED",
         "RX QUEUES",
+        "CORES",
         "PODS/QUEUE",
     ])];
     for e in &pool.enis {
@@ -165,6 +166,8 @@ fn enis(pool: &PoolSnapshot) -> String {
             e.addresses.to_string(),
             e.leased.to_string(),
             e.rx_queues.to_string(),
+            // Per queue; unspread, whichever core the device's interrupt hits.
+            if e.receive_cores.is_empty() { "any".to_owned() } else { e.receive_cores.join(" | ") },
             format!("{:.1}", e.load_per_queue_milli as f64 / 1000.0),
         ]));
     }

@@ -16,9 +16,11 @@ pub const ETHERNET: usize = 14;
 const ETH_P_IP: u16 = 0x0800_u16.to_be();
 const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
 
-/// Enough for both headers in front of the ports, with IPv4 options or a usual
-/// chain of IPv6 extensions.
-const HEADERS: u32 = 128;
+/// What is read of every packet: its headers without options, with TCP's. An
+/// offloaded packet's linear part is little more than that, and to make it longer
+/// costs a copy for each.
+const HEADERS4: u32 = 14 + 20 + 20;
+const HEADERS6: u32 = 14 + 40 + 20;
 
 const TCP_SYN: u8 = 0x02;
 
@@ -99,7 +101,7 @@ impl Packet {
             return None;
         }
         // Headers may lie outside the linear part.
-        let wanted = ctx.len().min(HEADERS);
+        let wanted = ctx.len().min(if protocol == ETH_P_IP { HEADERS4 } else { HEADERS6 });
         if ctx.data() + wanted as usize > ctx.data_end() && ctx.pull_data(wanted).is_err() {
             return None;
         }

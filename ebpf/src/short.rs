@@ -52,7 +52,7 @@ fn is_node(addr: &Addr) -> bool {
     NODE.get_ptr(addr).is_some()
 }
 
-/// From now on all TCP packets of this pod are looked at.
+/// From now on all packets of this pod are looked at.
 #[inline(always)]
 pub fn mark_translated(endpoint: Endpoint, link: &Link) {
     // SAFETY: values of the maps; every writer here writes the same number.

@@ -2,8 +2,9 @@
 //!
 //! `leaving` turns a pod's packet to a Service into one to a backend, `entering`
 //! turns the answer back. A pod's datagrams are looked at one by one, so that a
-//! backend that is gone is left at the next of them; its TCP packets only once a
-//! connection was opened past `connect()`.
+//! backend that is gone is left at the next of them; its TCP packets only once
+//! something of it was translated here. A pod of which nothing was pays for one
+//! look-up a datagram.
 
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{
@@ -64,7 +65,7 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
     }
     scratch.forward = flow::key(packet, ports, FORWARD);
     let opens = packet.protocol == TCP && packet.opens_tcp(ctx);
-    let known = !opens && flow::find(&scratch.forward, &mut scratch.found);
+    let known = !opens && link.translated != 0 && flow::find(&scratch.forward, &mut scratch.found);
     // A TCP connection stays with its backend to the end.
     if known && (packet.protocol == TCP || service::backend(scratch.found.backend).is_some()) {
         scratch.client = client_of(packet, &scratch.found.addr);
@@ -96,7 +97,7 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
     if packet.first_fragment {
         flow::remember_fragment(scratch.src, scratch.dst, packet);
     }
-    if packet.protocol == TCP && link.translated == 0 {
+    if link.translated == 0 {
         short::mark_translated(account::endpoint(ctx), link);
     }
     if client != scratch.src { Outcome::Ends(refuse::to_sender(ctx)) } else { Outcome::On }
@@ -163,13 +164,12 @@ fn back_to_oneself(ctx: &TcContext, link: &Link, packet: &mut Packet, ports: Por
     Outcome::Ends(if written { refuse::to_sender(ctx) } else { account::drop() })
 }
 
-/// A packet that enters a pod; `tcp` when TCP connections of it were translated.
+/// A packet that enters a pod; `translated` when packets of it have been.
 /// What cannot be rewritten goes on as it is: its receiver will not know it.
 #[inline(always)]
-pub fn entering(ctx: &TcContext, packet: &mut Packet, tcp: bool) {
+pub fn entering(ctx: &TcContext, packet: &mut Packet, translated: bool) {
     match packet.protocol {
-        UDP | SCTP => answered(ctx, packet),
-        TCP if tcp => answered(ctx, packet),
+        UDP | SCTP | TCP if translated => answered(ctx, packet),
         ICMP | ICMP6 => errors::entering(ctx),
         _ => {}
     }

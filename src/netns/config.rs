@@ -28,8 +28,8 @@ pub struct Config {
     pub node_local: Vec<IpNet>,
     /// A sysfs mounted in the node's network namespace.
     pub sysfs: PathBuf,
-    /// Spread the receive queues of shared ENIs over cores.
-    pub spread_receive: bool,
+    /// Whether the receive queues of shared ENIs are spread over cores.
+    pub spread_receive: SpreadReceive,
     /// How many threads wire pods side by side.
     pub threads: usize,
 }
@@ -46,8 +46,32 @@ impl Default for Config {
             mtu: None,
             node_local: vec![IpNet::V4(ipnet::Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16))],
             sysfs: PathBuf::from("/sys"),
-            spread_receive: true,
+            spread_receive: SpreadReceive::Auto,
             threads: 4,
+        }
+    }
+}
+
+/// When receive queues are spread over cores (RPS).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SpreadReceive {
+    /// From four cores on. With fewer, the core it moves a packet to is the one
+    /// where a pod sends or receives, and bytes per second fall by a fifth
+    /// (docs/benchmarks.md).
+    #[default]
+    Auto,
+    Always,
+    /// The device's interrupts are spread by somebody else.
+    Never,
+}
+
+impl SpreadReceive {
+    pub(super) fn applies(self, cores: usize) -> bool {
+        match self {
+            Self::Auto => cores >= 4,
+            Self::Always => true,
+            Self::Never => false,
         }
     }
 }

@@ -34,7 +34,7 @@ impl Desk {
             self.forwarding(dual).map_err(fault)?;
             self.apply_eni(eni, &device, dual).map_err(fault)?;
             shared.programs.eni_up(device.index).map_err(|e| eni_fault(eni, "program", e))?;
-            if shared.config.spread_receive {
+            if shared.config.spread_receive.applies(queues::cores(&shared.config.sysfs)) {
                 receive = queues::spread(&shared.config.sysfs, &device.name);
             }
             mtu = shared.config.mtu.unwrap_or(mtu);

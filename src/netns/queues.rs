@@ -60,6 +60,11 @@ fn current(queue: &Path) -> Option<Vec<u32>> {
     Some(parse_mask(std::fs::read_to_string(queue.join("rps_cpus")).ok()?.trim()))
 }
 
+/// How many cores are on.
+pub(super) fn cores(sysfs: &Path) -> usize {
+    online(sysfs).len()
+}
+
 /// The cores that are on; core 0 alone when sysfs does not say.
 fn online(sysfs: &Path) -> Vec<u32> {
     let text = std::fs::read_to_string(sysfs.join("devices/system/cpu/online"))

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use fairway::model::{AttachMode::Veth, Bandwidth};
-use fairway::netns::{ForgetEni, Inventory, PrepareEni, Unwire, Verify, Wire, WireError};
+use fairway::netns::{ForgetEni, Inventory, PrepareEni, SpreadReceive, Unwire, Verify, Wire, WireError};
 
 use crate::support::*;
 
@@ -329,6 +329,7 @@ fn an_eni_is_awaited_prepared_restored_and_forgotten() {
     let mut lab = Lab::new();
     let sysfs = Sysfs::mount();
     lab.config.sysfs.clone_from(&sysfs.0);
+    lab.config.spread_receive = SpreadReceive::Always;
     let expected = lab.eni_ref(1);
     let before = snapshot(&lab.node);
     lab.run(async |wirer| {

@@ -69,8 +69,8 @@ pub struct Link {
     pub eni: u32,
     /// `LINK_*`.
     pub flags: u32,
-    /// Not 0 once a TCP connection of the pod was translated packet by packet:
-    /// from then on all its TCP packets are looked at. Written by the programs.
+    /// Not 0 once a packet of the pod was translated: from then on all of them are
+    /// looked at, in both directions. Written by the programs.
     pub translated: u32,
     pub _pad: u32,
 }
