@@ -298,8 +298,9 @@ impl Datapath {
     /// The program for what arrives on a shared ENI. Done again it puts this
     /// build's program in. The filter belongs to the device and goes with it.
     pub fn attach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        let program = self.shared.eni_ingress()?;
-        clsact::attach(program, ifindex, TcxChain::Ingress).map_err(|cause| DatapathError::Eni { ifindex, cause })
+        let program = self.shared.eni_ingress()?.fd().map_err(|e| refusal("a loaded program", &e))?;
+        let ingress = [(program.as_fd(), TcxChain::Ingress)];
+        clsact::attach(&ingress, ifindex).map_err(|cause| DatapathError::Eni { ifindex, cause })
     }
 
     /// The ENI is no longer shared. Success when there is no such device.
@@ -365,29 +366,29 @@ impl Datapath {
         if let Err(e) = fs::create_dir(&entry.dir) {
             return Ok(Err(e));
         }
-        for direction in Direction::BOTH {
-            let chain = chain(entry.place, direction);
-            let pin = pin_of(&entry.dir, direction);
-            let program = programs.get(direction)?;
-            let via = match entry.place {
-                Place::HostSide => self.options.host_side,
-                Place::InPod => self.options.in_pod,
-            };
-            if via == Via::Tcx {
+        let via = match entry.place {
+            Place::HostSide => self.options.host_side,
+            Place::InPod => self.options.in_pod,
+        };
+        if via == Via::Tcx {
+            for direction in Direction::BOTH {
+                let (chain, pin) = (chain(entry.place, direction), pin_of(&entry.dir, direction));
+                let program = programs.get(direction)?;
                 let link = device.enter(|ifindex| hook::attach_tcx(program, ifindex, chain));
-                match link.and_then(|link| bpf::pin(link.as_fd(), &pin)) {
-                    Ok(()) => continue,
-                    Err(e) => return Ok(Err(e)),
+                if let Err(e) = link.and_then(|link| bpf::pin(link.as_fd(), &pin)) {
+                    return Ok(Err(e));
                 }
             }
-            // Pinned first: a filter without a pin would not be found again.
-            let pinned = program.fd().map_err(io::Error::other).and_then(|fd| bpf::pin(fd.as_fd(), &pin));
-            let done = pinned.and_then(|()| device.enter(|ifindex| clsact::attach(program, ifindex, chain)));
-            if done.is_err() {
-                return Ok(done);
+            return Ok(Ok(()));
+        }
+        let pair = programs.pair(entry.place)?;
+        // Pinned first: a filter without a pin would not be found again.
+        for (direction, (fd, _)) in Direction::BOTH.into_iter().zip(&pair) {
+            if let Err(e) = bpf::pin(*fd, &pin_of(&entry.dir, direction)) {
+                return Ok(Err(e));
             }
         }
-        Ok(Ok(()))
+        Ok(device.enter(|ifindex| clsact::attach(&pair, ifindex)))
     }
 
     /// Takes over one pin directory. `None` when there is nothing alive in it;
@@ -432,18 +433,14 @@ impl Datapath {
     /// between pin and filter shows as "not on it", and all is attached anew.
     fn renew(&mut self, attachment: &AttachmentId, device: Device<'_>) -> Result<io::Result<()>, DatapathError> {
         let Some(entry) = self.known.get(attachment) else { return Ok(Ok(())) };
-        let mut programs = self.loader.load(entry.endpoint)?;
-        for direction in Direction::BOTH {
-            let program = programs.get(direction)?;
-            let fd = program.fd().map_err(|e| refusal("a loaded program", &e))?;
-            let pinned = pins::replace(fd.as_fd(), &pin_of(&entry.dir, direction));
-            let chain = chain(entry.place, direction);
-            let done = pinned.and_then(|()| device.enter(|ifindex| clsact::attach(program, ifindex, chain)));
-            if done.is_err() {
-                return Ok(done);
+        let programs = self.loader.load(entry.endpoint)?;
+        let pair = programs.pair(entry.place)?;
+        for (direction, (fd, _)) in Direction::BOTH.into_iter().zip(&pair) {
+            if let Err(e) = pins::replace(*fd, &pin_of(&entry.dir, direction)) {
+                return Ok(Err(e));
             }
         }
-        Ok(Ok(()))
+        Ok(device.enter(|ifindex| clsact::attach(&pair, ifindex)))
     }
 
     /// Swaps this build's programs in, where they can be reached.
@@ -460,22 +457,19 @@ impl Datapath {
                 &mut own
             }
         };
-        for direction in Direction::BOTH {
+        let pair = programs.pair(entry.place)?;
+        for (direction, (fd, _)) in Direction::BOTH.into_iter().zip(&pair) {
             let pin = pin_of(&entry.dir, direction);
-            let program = programs.get(direction)?;
-            let fd = program.fd().map_err(|e| refusal("a loaded program", &e))?;
-            match (via, entry.place) {
-                (Via::Tcx, _) => {
-                    bpf::open_pinned(&pin).and_then(|link| bpf::link_update(link.as_fd(), fd.as_fd())).map_err(pins)?
-                }
-                (Via::Clsact, Place::HostSide) => {
-                    pins::replace(fd.as_fd(), &pin).map_err(pins)?;
-                    clsact::attach(program, entry.endpoint, chain(entry.place, direction)).map_err(pins)?;
-                }
-                (Via::Clsact, Place::InPod) => {}
+            match via {
+                Via::Tcx => bpf::open_pinned(&pin).and_then(|link| bpf::link_update(link.as_fd(), *fd)),
+                Via::Clsact => pins::replace(*fd, &pin),
             }
+            .map_err(pins)?;
         }
-        Ok(())
+        match via {
+            Via::Tcx => Ok(()),
+            Via::Clsact => clsact::attach(&pair, entry.endpoint).map_err(pins),
+        }
     }
 
     fn free_number(&self) -> Result<Endpoint, DatapathError> {

@@ -4,9 +4,11 @@
 //! request that does not come back in time is given up and made again later,
 //! with growing pauses while the API is away.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use governor::{Quota, RateLimiter};
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::Node;
@@ -69,6 +71,12 @@ impl Pause {
     }
 }
 
+/// Events a second, and at once: thousands of nodes start pods at the same time,
+/// and the API server has better to do. Warnings about one pod fold together, so
+/// that what waits is of many pods.
+const EVENTS_PER_SECOND: NonZeroU32 = NonZeroU32::new(20).unwrap();
+const EVENTS_AT_ONCE: NonZeroU32 = NonZeroU32::new(50).unwrap();
+
 /// Deliver the buffer, one after the other.
 pub(super) async fn events(
     client: Client,
@@ -78,12 +86,14 @@ pub(super) async fn events(
     health: Arc<Health>,
 ) {
     let mut pause = Pause::new();
+    let pace = RateLimiter::direct(Quota::per_second(EVENTS_PER_SECOND).allow_burst(EVENTS_AT_ONCE));
     loop {
         let uid = facts.node.borrow().as_ref().map(|n| n.uid.clone()).unwrap_or_default();
         let Some(delivery) = buffer.lock().next(Timestamp::now(), &uid) else {
             more.notified().await;
             continue;
         };
+        pace.until_ready().await;
         match (deliver(&client, &delivery).await, &delivery) {
             // It was made by an attempt whose answer got lost.
             (Ok(()), _) | (Err(Fault::Conflict), Delivery::Create { .. }) => {

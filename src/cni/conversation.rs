@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tracing::Instrument as _;
 
 use super::errors::{Unreleased, cni, differs};
 use super::result::CniResult;
@@ -19,6 +20,7 @@ use super::turns::{Turn, Turns};
 use super::wire::{CniError, Command, code};
 use super::wishes::{self, Known, Wishes};
 use super::{Config, Ports, SpoolWorker};
+
 use crate::actor::{AskError, Deadline};
 use crate::cluster::{About, Facts, PodInfo, RecordEvent};
 use crate::model::{AttachmentId, Lease, PodKey, Traffic};
@@ -74,7 +76,10 @@ impl Desk {
         match wired {
             Ok((lease, result)) => {
                 let note = format!("{} in {} ms", addresses(&lease), began.elapsed().as_millis());
-                tracing::info!(%note, mode = %lease.mode, "Pod has its address");
+                // Kubelet does not wait for the log.
+                let (said, mode) = (note.clone(), lease.mode);
+                let log = async move { tracing::info!(note = said, %mode, "Pod has its address") };
+                tokio::spawn(log.in_current_span());
                 self.tell(about, false, "AddressAssigned", "Add", note);
                 Ok(result.write(call.version))
             }

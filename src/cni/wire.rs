@@ -310,7 +310,9 @@ fn receive(stream: &mut impl Read) -> io::Result<Response> {
     let mut head = [0; 4];
     stream.read_exact(&mut head)?;
     let len = body_len(head)?;
-    let mut body = Vec::new();
+    // Room for an ordinary answer at once; what is announced beyond it is made
+    // room for as it comes.
+    let mut body = Vec::with_capacity(len.min(4096) + 1);
     stream.by_ref().take(len as u64).read_to_end(&mut body)?;
     if body.len() < len {
         return Err(io::ErrorKind::UnexpectedEof.into());

@@ -20,10 +20,10 @@ use fairway_ebpf_abi::{
     POD_EGRESS, POD_INGRESS, PODS, Pod, SLOTS, SOCKETS, SOURCE_RANGES, SlotKey, SocketKey, TrieKey,
 };
 
-use super::hook::Direction;
+use super::hook::{Direction, Place, chain};
 use super::pins::Pins;
 use super::{DatapathError, refusal};
-use crate::sys::bpf;
+use crate::sys::bpf::{self, TcxChain};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/fairway-ebpf.o"));
 
@@ -190,6 +190,20 @@ pub(super) struct Programs {
 impl Programs {
     pub(super) fn get(&mut self, direction: Direction) -> Result<&mut SchedClassifier, DatapathError> {
         self.named(name_of(direction))
+    }
+
+    /// Both programs of a pod, with the chains they go to.
+    pub(super) fn pair(&self, place: Place) -> Result<[(BorrowedFd<'_>, TcxChain); 2], DatapathError> {
+        let fd = |direction| {
+            let name = name_of(direction);
+            let program = self.object.program(name).ok_or(ProgramError::NotLoaded);
+            let program: &SchedClassifier =
+                program.and_then(|p| p.try_into()).map_err(|e: ProgramError| refusal(name, &e))?;
+            let fd = program.fd().map_err(|e| refusal(name, &e))?;
+            Ok((fd.as_fd(), chain(place, direction)))
+        };
+        let [egress, ingress] = Direction::BOTH;
+        Ok([fd(egress)?, fd(ingress)?])
     }
 
     pub(super) fn eni_ingress(&mut self) -> Result<&mut SchedClassifier, DatapathError> {
