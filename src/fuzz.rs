@@ -12,6 +12,7 @@ use crate::lab::kube::http::{negotiate, route};
 use crate::lab::kube::kind::KINDS;
 use crate::lab::kube::registry::{Ctx, DeleteOptions, PatchKind, Registry, Sub, Validation};
 use crate::lab::kube::{KubeConfig, object};
+use crate::pool::ledger::{Write, tail};
 
 /// The spelling that this module gives a pin directory's name, if it is one.
 pub fn pin_name(name: &str) -> Option<String> {
@@ -23,6 +24,31 @@ pub fn netlink(datagram: &[u8]) {
     for message in crate::netns::nl::messages(datagram) {
         crate::netns::read::everything(&message);
     }
+}
+
+/// The alias of a host link, read by the link whose alias it would be.
+pub fn link_note(link: &str, alias: &str) -> Option<crate::netns::Attached> {
+    crate::netns::note::read("fw", link, alias)
+}
+
+/// The name of the host link of an attachment.
+pub fn host_link(attachment: &crate::model::AttachmentId) -> String {
+    crate::netns::names::link_names("fw", attachment).host
+}
+
+/// The ledger's tail as a disk gives it back, and how much of it is whole.
+pub fn ledger_tail(bytes: &[u8], number: u64) -> (Vec<Write>, usize) {
+    tail::read(bytes, number)
+}
+
+/// A frame of the tail with this body, as if we had written it.
+pub fn ledger_frame(number: u64, body: &[u8]) -> Vec<u8> {
+    tail::frame(number, body)
+}
+
+/// The frame of these writes.
+pub fn ledger_written(number: u64, writes: &[Write]) -> Vec<u8> {
+    tail::encode(writes).map(|body| tail::frame(number, &body)).unwrap_or_default()
 }
 
 /// A receive queue's cores as sysfs writes them: masks there and back, and lists.

@@ -191,6 +191,28 @@ fn an_exhausted_vswitch_is_avoided_until_its_cool_off_ends() {
 }
 
 #[test]
+fn a_new_eni_leaves_the_vswitch_what_a_busy_one_will_be_asked_for() {
+    let mut world = World::new(4, 10, 1, Config { vswitch_policy: VSwitchPolicy::Ordered, ..bare() });
+    {
+        let mut cloud = world.cloud.0.lock();
+        let free = &mut cloud.vswitches.get_mut(&"vsw-a".into()).unwrap().free;
+        *free = free.iter().copied().take(4).collect();
+    }
+    world.read_vswitches();
+    world.add(0, AttachMode::Veth, false);
+    world.turn(0);
+    // The first ENI is being created with one of the four; the plan counts on the
+    // three others for it, and repeats nothing (asserted each turn).
+    for n in 1..13 {
+        world.add(n, AttachMode::Veth, false);
+    }
+    world.turn(0);
+    world.settle();
+    assert_eq!(world.served(), 13);
+    assert_eq!(world.cloud.calls()["create"], 2, "{:?}", world.cloud.calls());
+}
+
+#[test]
 fn when_every_vswitch_is_exhausted_the_pod_hears_it_at_once() {
     let mut world = World::new(8, 10, 1, bare());
     for net in world.cloud.0.lock().vswitches.values_mut() {

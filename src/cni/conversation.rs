@@ -65,8 +65,13 @@ impl Desk {
         let began = Instant::now();
         let steps = deadline.leaving(UNDO_RESERVE.min(deadline.remaining() / 4));
         let _turn = self.turn(&id, steps).await?;
-        let pod = call.pod.key().unwrap_or_else(|| PodKey::new("", id.sandbox.as_str()));
-        let known = self.pod_info(&pod, call.pod.uid.as_deref()).await;
+        let named = call.pod.key();
+        let known = match &named {
+            Some(pod) => self.pod_info(pod, call.pod.uid.as_deref()).await,
+            // A sandbox that is no pod's: the watch will never show it.
+            None => None,
+        };
+        let pod = named.unwrap_or_else(|| PodKey::new("", id.sandbox.as_str()));
         let about =
             About::Pod { key: pod.clone(), uid: call.pod.uid.clone().or(known.as_ref().map(|k| k.uid.clone())) };
         let wired = match self.wishes(&call, known.as_deref()) {

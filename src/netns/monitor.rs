@@ -1,9 +1,11 @@
 //! The actor's own rtnetlink connection: link notifications and listings.
 //!
 //! Purpose: says when a device somebody waits for has appeared or changed, when
-//! the node's addresses have, and answers `Inventory` with fresh listings. Owner: one embodiment of the actor,
-//! on its executor; ends with it. A notification that was lost (the kernel says
-//! so) counts as a change of everything: whoever waits looks again.
+//! the node's addresses have, and answers `Inventory` with fresh listings. Owner:
+//! one embodiment of the actor, on its executor; ends with it. A notification
+//! that was lost (the kernel says so) counts as a change of everything: whoever
+//! waits looks again. Our own host links come and go with every pod and are
+//! nobody's news: the kernel leaves them out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -14,11 +16,13 @@ use netlink_packet_route::RouteNetlinkMessage as Rtnl;
 use netlink_packet_route::link::LinkAttribute;
 use netlink_packet_route::route::RouteMessage;
 use parking_lot::Mutex;
+use rtnetlink::sys::AsyncSocket as _;
 use rtnetlink::{Handle, IpVersion, MulticastGroup};
+use socket2::{SockFilter, SockRef};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::names::is_host_link;
+use super::names::{host_link_len, is_host_link};
 use super::note;
 use super::objects::MAIN;
 use super::read::{self, Device};
@@ -32,7 +36,7 @@ pub(super) struct Monitor {
     /// Counts changes of watched devices.
     changes: watch::Receiver<u64>,
     seen: Arc<Mutex<Seen>>,
-    tasks: [JoinHandle<()>; 2],
+    tasks: [JoinHandle<()>; 3],
 }
 
 #[derive(Default)]
@@ -46,8 +50,12 @@ struct Seen {
 
 impl Monitor {
     /// In the calling thread's namespace.
-    pub(super) fn start() -> std::io::Result<Self> {
-        let (connection, handle, mut messages) = rtnetlink::new_multicast_connection(&GROUPS)?;
+    pub(super) fn start(link_prefix: &str) -> std::io::Result<Self> {
+        // Requests go over a connection of their own: what news leaves out is in
+        // their answers.
+        let (requests, handle, _) = rtnetlink::new_connection()?;
+        let (mut news, _, mut messages) = rtnetlink::new_multicast_connection(&GROUPS)?;
+        SockRef::from(news.socket_mut().socket_ref()).attach_filter(&without_host_links(link_prefix))?;
         let (tell, changes) = watch::channel(0u64);
         let seen = Arc::new(Mutex::new(Seen::default()));
         let listener = {
@@ -60,7 +68,7 @@ impl Monitor {
                 }
             }
         };
-        let tasks = [tokio::spawn(connection), tokio::spawn(listener)];
+        let tasks = [tokio::spawn(requests), tokio::spawn(news), tokio::spawn(listener)];
         Ok(Self { handle, changes, seen, tasks })
     }
 
@@ -112,6 +120,45 @@ impl Drop for Monitor {
     fn drop(&mut self) {
         self.tasks.iter().for_each(JoinHandle::abort);
     }
+}
+
+/// A socket filter (classic BPF) that drops notifications of links whose name is
+/// as long as a host link's and begins like one; a name is the first attribute
+/// that the kernel writes. One notification is one datagram.
+fn without_host_links(prefix: &str) -> Vec<SockFilter> {
+    use libc::{BPF_ABS, BPF_B, BPF_H, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, RTM_DELLINK, RTM_NEWLINK};
+    /// Of `struct nlmsghdr`: the type. Behind it and `struct ifinfomsg`: the first
+    /// attribute's length, type and value.
+    const TYPE: u32 = 4;
+    const LENGTH: u32 = 32;
+    const ATTRIBUTE: u32 = 34;
+    const NAME: u32 = 36;
+    // The filter loads as from the wire, netlink is in the host's order.
+    let wire = |n: u16| u32::from(n.to_be());
+    let named = (4 + host_link_len(prefix) + 1) as u16;
+    let mut tests = vec![
+        (BPF_H, LENGTH, vec![wire(named)]),
+        (BPF_H, TYPE, vec![wire(RTM_NEWLINK), wire(RTM_DELLINK)]),
+        (BPF_H, ATTRIBUTE, vec![wire(libc::IFLA_IFNAME)]),
+    ];
+    tests.extend(prefix.bytes().zip(NAME..).map(|(byte, at)| (BPF_B, at, vec![u32::from(byte)])));
+
+    let op = |code: u32, jt: usize, jf: usize, k: u32| SockFilter::new(code as u16, jt as u8, jf as u8, k);
+    let mut program = Vec::new();
+    let mut left: usize = tests.iter().map(|(.., values)| 1 + values.len()).sum();
+    for (size, at, values) in tests {
+        program.push(op(BPF_LD | BPF_ABS | size, 0, 0, at));
+        left -= 1 + values.len();
+        for (nth, value) in values.iter().enumerate() {
+            // Alternatives left, and behind all tests the drop before the accept.
+            let others = values.len() - 1 - nth;
+            let otherwise = if others > 0 { 0 } else { left + 1 };
+            program.push(op(BPF_JMP | BPF_JEQ | BPF_K, others, otherwise, *value));
+        }
+    }
+    program.push(op(BPF_RET | BPF_K, 0, 0, 0));
+    program.push(op(BPF_RET | BPF_K, 0, 0, u32::MAX));
+    program
 }
 
 fn note(seen: &mut Seen, message: &NetlinkMessage<Rtnl>) -> bool {
@@ -174,4 +221,47 @@ pub(super) async fn inventory(handle: Handle, config: &Config) -> Result<KernelI
     found.ruled.sort();
     found.ruled.dedup();
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn news_of_our_own_host_links_stay_in_the_kernel_and_all_other_is_told() {
+        let names = ["fw0123456789ab", "fw0123456789a", "fx0123456789ab", "eth7", "fwan0"];
+        // In a namespace that ends with its thread.
+        let told = std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(links_told(&names))
+        });
+        let told = told.join().unwrap();
+        let expected: Vec<&str> = names.into_iter().filter(|name| !is_host_link("fw", name)).collect();
+        assert_eq!(told, expected);
+    }
+
+    /// Makes these links; which of them news came of.
+    async fn links_told<'a>(names: &[&'a str]) -> Vec<&'a str> {
+        let (mut news, handle, mut messages) = rtnetlink::new_multicast_connection(&GROUPS).unwrap();
+        SockRef::from(news.socket_mut().socket_ref()).attach_filter(&without_host_links("fw")).unwrap();
+        tokio::spawn(news);
+        for name in names {
+            let veth = rtnetlink::LinkVeth::new(name, &format!("p{name}")[..14.min(name.len())]).build();
+            handle.link().add(veth).execute().await.unwrap();
+        }
+        let mut told = Vec::new();
+        while !told.contains(&"fwan0") {
+            let next = tokio::time::timeout(Duration::from_secs(10), messages.next()).await;
+            let NetlinkPayload::InnerMessage(Rtnl::NewLink(link)) = next.unwrap().unwrap().0.payload else { continue };
+            for attribute in link.attributes {
+                if let LinkAttribute::IfName(of) = attribute {
+                    told.extend(names.iter().find(|name| **name == of && !told.contains(name)));
+                }
+            }
+        }
+        told
+    }
 }

@@ -47,6 +47,11 @@ pub fn link_names(prefix: &str, attachment: &AttachmentId) -> LinkNames {
     LinkNames { host: format!("{prefix}{digits}"), host_mac: mac(8), pod_mac: mac(16) }
 }
 
+/// How long a host link's name is.
+pub(super) fn host_link_len(prefix: &str) -> usize {
+    prefix.len() + DIGITS
+}
+
 /// Whether a device name is one [`link_names`] could have made.
 pub fn is_host_link(prefix: &str, name: &str) -> bool {
     name.strip_prefix(prefix)

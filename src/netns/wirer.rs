@@ -54,7 +54,7 @@ impl NetnsWirer {
     /// For the supervisor's factory.
     pub async fn open(wiring: Arc<Wiring>) -> Result<Self, StartError> {
         let shared = wiring.shared.clone();
-        let monitor = Monitor::start().map_err(StartError::new)?;
+        let monitor = Monitor::start(&shared.config.link_prefix).map_err(StartError::new)?;
         let unlinker = Unlinker::start().map_err(StartError::new)?;
         let crew = Crew::start(&shared, &unlinker).await?;
         // Before any pod's packets rely on it.

@@ -15,7 +15,7 @@
 
 mod records;
 mod sled_store;
-mod tail;
+pub(crate) mod tail;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -40,27 +40,16 @@ impl Tail {
         let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
-        let mut writes = Vec::new();
-        let mut rest = &bytes[..];
-        while let Some((frame, after)) = next(rest, number) {
-            writes.extend(frame);
-            rest = after;
+        let (writes, whole) = read(&bytes, number);
+        if whole < bytes.len() {
+            file.set_len(whole as u64)?;
         }
-        let len = (bytes.len() - rest.len()) as u64;
-        if !rest.is_empty() {
-            file.set_len(len)?;
-        }
-        Ok((Self { file, len, number }, writes))
+        Ok((Self { file, len: whole as u64, number }, writes))
     }
 
     /// All of it or nothing, and after a failure nothing more.
     pub(super) fn append(&mut self, writes: &[Write]) -> io::Result<()> {
-        let body = encode(writes)?;
-        let mut frame = Vec::with_capacity(HEAD + body.len());
-        frame.extend(self.number.to_be_bytes());
-        frame.extend((body.len() as u32).to_be_bytes());
-        frame.extend(digest(self.number, &body));
-        frame.extend(body);
+        let frame = frame(self.number, &encode(writes)?);
         self.file.write_all_at(&frame, self.len)?;
         self.len += frame.len() as u64;
         Ok(())
@@ -79,9 +68,29 @@ impl Tail {
     }
 }
 
+/// What the bytes of a tail say, and how many of them are whole frames.
+pub(crate) fn read(bytes: &[u8], number: u64) -> (Vec<Write>, usize) {
+    let mut writes = Vec::new();
+    let mut rest = bytes;
+    while let Some((frame, after)) = next(rest, number) {
+        writes.extend(frame);
+        rest = after;
+    }
+    (writes, bytes.len() - rest.len())
+}
+
+pub(crate) fn frame(number: u64, body: &[u8]) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(HEAD + body.len());
+    frame.extend(number.to_be_bytes());
+    frame.extend((body.len() as u32).to_be_bytes());
+    frame.extend(digest(number, body));
+    frame.extend(body);
+    frame
+}
+
 /// Values are text, as `records` makes them; as text they are half as long and
 /// written in a fifth of the time.
-fn encode(writes: &[Write]) -> io::Result<Vec<u8>> {
+pub(crate) fn encode(writes: &[Write]) -> io::Result<Vec<u8>> {
     let text = |(key, value): &Write| -> io::Result<(String, Option<String>)> {
         let value = value.as_ref().map(|v| String::from_utf8(v.clone())).transpose().map_err(io::Error::other)?;
         Ok((key.clone(), value))

@@ -47,7 +47,7 @@ impl Planner<'_> {
         // What is still short after those calls; a stock that is merely not
         // full is no reason for another ENI.
         let mut need = self.supply(Purpose::Shared).shortage(demand, low, refill_to);
-        need = need.saturating_sub(self.latent_room());
+        need -= self.count_on_latent_room(need);
         // A create costs the same call with all of an ENI's addresses as with
         // one: a node that has pods takes them all, and the next pods cost
         // nothing. What stays unused goes back after the release delay.
@@ -94,23 +94,26 @@ impl Planner<'_> {
         }
     }
 
-    /// Room on ENIs that are busy now and can be asked when they are not: a call
-    /// there is cheaper than another ENI.
-    fn latent_room(&self) -> u32 {
+    /// Up to `need` addresses for which ENIs that are busy now can be asked when
+    /// they are not: a call there is cheaper than another ENI. They are set aside
+    /// in the vSwitch, so that no new ENI takes what was counted on.
+    fn count_on_latent_room(&mut self, need: u32) -> u32 {
         let per_eni = self.state.per_eni();
         let busy = self.state.enis.iter().filter(|(key, e)| {
-            e.purpose == Purpose::Shared
-                && e.serves()
-                && (!e.ready() || e.assign4.is_some())
-                && self.may_grow(**key)
-                && self.available(&e.vswitch).is_none_or(|n| n > 0)
+            e.purpose == Purpose::Shared && e.serves() && (!e.ready() || e.assign4.is_some()) && self.may_grow(**key)
         });
-        busy.map(|(key, eni)| {
+        let rooms = busy.map(|(key, eni)| {
             let creating = if let Phase::Creating { ipv4, .. } = eni.phase { ipv4 } else { 0 };
             let coming = creating + eni.assign4.as_ref().map_or(0, |a| a.count);
-            per_eni.saturating_sub(self.state.count_of(*key) + coming)
-        })
-        .sum()
+            (eni.vswitch.clone(), per_eni.saturating_sub(self.state.count_of(*key) + coming))
+        });
+        let mut counted = 0;
+        for (vswitch, room) in rooms.collect::<Vec<_>>() {
+            let count = room.min(need - counted).min(self.available(&vswitch).unwrap_or(u32::MAX));
+            self.note_taken(Some(vswitch), count);
+            counted += count;
+        }
+        counted
     }
 
     /// IPv6 addresses for the IPv4 addresses that lack one.
