@@ -39,6 +39,7 @@ lint:
 	cargo clippy --workspace --tests --benches --locked -- -D warnings -A clippy::unwrap_used -A clippy::expect_used
 	cargo deny --locked --log-level error check licenses bans sources
 	cargo deny --locked --log-level error --config deny.toml --manifest-path ebpf/Cargo.toml check licenses bans sources
+	cargo deny --locked --log-level error --config deny.toml --manifest-path shim/Cargo.toml check licenses bans sources
 
 bench:
 	@scripts/setup.sh bench
@@ -52,3 +53,4 @@ fuzz:
 clean:
 	cargo clean
 	cargo clean --manifest-path ebpf/Cargo.toml
+	cargo clean --manifest-path shim/Cargo.toml

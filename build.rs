@@ -1,7 +1,8 @@
-//! Compiles `ebpf/` for the BPF target and leaves the object in `OUT_DIR`, and
-//! has the CNI shim linked with one library less.
+//! Compiles `ebpf/` for the BPF target and the CNI shim with a static C library
+//! (`build/shim.rs`), and leaves both in `OUT_DIR`; has the shim that is a plain
+//! binary of this package linked with one library less.
 //!
-//! The object is cached outside `target/` by everything it is made from (the
+//! Both are cached outside `target/` by everything it is made from (the
 //! sources, the lock file, the compiler, the linker), so a clean build or a
 //! second checkout does not compile it again, and a change on the user side never
 //! does. Which compiler to use is `scripts/ebpf-toolchain.sh`'s decision; a
@@ -15,6 +16,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+#[path = "build/shim.rs"]
+mod shim;
 
 /// What the object is made from, relative to the package.
 const INPUTS: [&str; 5] = ["ebpf/src", "ebpf/abi/src", "ebpf/abi/Cargo.toml", "ebpf/Cargo.toml", "ebpf/Cargo.lock"];
@@ -46,7 +50,7 @@ fn main() {
 fn run() -> Result<()> {
     let root = PathBuf::from(var("CARGO_MANIFEST_DIR")?);
     let out_dir = PathBuf::from(var("OUT_DIR")?);
-    for input in INPUTS.iter().chain(&["build.rs", "scripts/ebpf-toolchain.sh"]) {
+    for input in INPUTS.iter().chain(&shim::INPUTS).chain(&["build.rs", "scripts/ebpf-toolchain.sh"]) {
         println!("cargo::rerun-if-changed={input}");
     }
     for name in ["FAIRWAY_EBPF_OBJECT", "FAIRWAY_EBPF_TOOLCHAIN", "FAIRWAY_BPF_LINKER", "FAIRWAY_CACHE"] {
@@ -63,12 +67,23 @@ fn run() -> Result<()> {
     };
     let embedded = out_dir.join("fairway-ebpf.o");
     fs::copy(&object, &embedded).map_err(|e| format!("cannot read the eBPF object {}: {e}", object.display()))?;
+
+    let carried = out_dir.join("fairway-cni");
+    let program = shim::program(&root, &out_dir)?;
+    match &program {
+        Some(program) => fs::copy(program, &carried).map(drop),
+        None => fs::write(&carried, []),
+    }
+    .map_err(|e| format!("{}: {e}", carried.display()))?;
+    // For tests: what ships is what is tested.
+    let tested = program.map(|_| carried).unwrap_or_default();
+    println!("cargo::rustc-env=FAIRWAY_SHIM={}", tested.display());
     Ok(())
 }
 
 /// The CNI shim is started for every call, and finding and relocating a library
-/// takes as long as half of what it does then. Of its two it needs the C library
-/// (static, it would be larger than the shim by far); the unwinder comes as an
+/// takes as long as half of what it does then. This one, which is installed where
+/// no static one could be built, needs the C library; the unwinder comes as an
 /// archive as well. Where that is missing the shim has both and works the same.
 ///
 /// rustc asks every program's linker for the library; but a linker takes from
@@ -102,15 +117,20 @@ fn cached_object(root: &Path, out_dir: &Path) -> Result<PathBuf> {
     fs::read(root.join("build.rs"))?.hash(&mut hasher);
     toolchain.version.hash(&mut hasher);
     toolchain.linker_version.hash(&mut hasher);
-    let cached = cache_dir()?.join("ebpf").join(format!("{:016x}.o", hasher.finish()));
+    cached("ebpf", &format!("{:016x}.o", hasher.finish()), || toolchain.compile(root, out_dir))
+}
+
+/// The file of this name in a folder of the cache; built and put there if it is not.
+fn cached(folder: &str, name: &str, build: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
+    let folder = cache_dir()?.join(folder);
+    let cached = folder.join(name);
     if cached.is_file() {
         return Ok(cached);
     }
-    let built = toolchain.compile(root, out_dir)?;
+    let built = build()?;
     // Renamed into place: another build may be doing the same.
-    let parent = cached.parent().ok_or("no cache directory")?;
-    fs::create_dir_all(parent)?;
-    let partial = parent.join(format!(".{}.{}", hasher.finish(), std::process::id()));
+    fs::create_dir_all(&folder)?;
+    let partial = folder.join(format!(".{name}.{}", std::process::id()));
     fs::copy(&built, &partial)?;
     fs::rename(&partial, &cached)?;
     Ok(cached)

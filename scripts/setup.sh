@@ -149,10 +149,10 @@ want_kernel() { # SERIES METAPACKAGE
 
 if on_debian; then
     case $purpose in
-    build | lint) need gcc g++ libc6-dev ;;
-    demo) need gcc g++ libc6-dev iproute2 nftables ;;
+    build | lint) need gcc g++ libc6-dev musl-tools ;;
+    demo) need gcc g++ libc6-dev musl-tools iproute2 nftables ;;
     test | bench)
-        need gcc g++ libc6-dev iproute2 nftables iptables containernetworking-plugins python3 python3-venv python3-pip
+        need gcc g++ libc6-dev musl-tools iproute2 nftables iptables containernetworking-plugins python3 python3-venv python3-pip
         ;;
     esac
     if [ "$purpose" = test ]; then

@@ -41,9 +41,9 @@ enum Command {
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  fairway install-cni --bin-dir /host/opt/cni/bin --conf-dir /host/etc/cni/net.d")]
 struct InstallCni {
-    /// The shim to install.
-    #[arg(long, default_value = "/usr/local/bin/fairway-cni")]
-    shim: PathBuf,
+    /// Another shim than the one that this program carries.
+    #[arg(long)]
+    shim: Option<PathBuf>,
     #[arg(long, default_value = "/opt/cni/bin")]
     bin_dir: PathBuf,
     #[arg(long, default_value = "/etc/cni/net.d")]
@@ -102,7 +102,8 @@ fn install_cni(args: &InstallCni) -> anyhow::Result<bool> {
         spool: args.spool.clone(),
         portmap: !args.no_portmap,
     };
-    install::install(&args.shim, &args.bin_dir, &args.conf_dir, &conflist)?;
+    let shim = install::shim(args.shim.as_deref())?;
+    install::install(&shim, &args.bin_dir, &args.conf_dir, &conflist)?;
     println!("installed {}/fairway-cni and {}/10-fairway.conflist", args.bin_dir.display(), args.conf_dir.display());
     Ok(true)
 }

@@ -4,6 +4,8 @@
 
 #[path = "cni_support/shim.rs"]
 mod shim;
+#[path = "support/skip.rs"]
+mod skipping;
 
 use std::io::Read as _;
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,8 +14,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fairway::cni::spool;
+use fairway::install;
 use serde_json::json;
 use shim::{Call, conf};
+use skipping::skip;
 
 fn spooled(dir: &Path) -> Vec<String> {
     spool::list(&dir.join("spool")).unwrap()
@@ -28,6 +32,24 @@ fn version_needs_no_agent_and_names_the_version_it_was_asked_in() {
         assert_eq!(out.json(), json!({"cniVersion": version, "supportedVersions": supported}));
     }
     assert_eq!(Call::new("VERSION", "", &json!(0)).stdin("{").run().code(), 6);
+}
+
+#[test]
+fn what_ships_needs_no_library_of_the_node_and_is_small() {
+    const TEST: &str = "what_ships_needs_no_library_of_the_node_and_is_small";
+    if install::carried_shim().is_none() {
+        return skip(TEST, "a static C library to link the shim with (Debian's musl-tools)");
+    }
+    let program = std::fs::read(shim::PROGRAM).unwrap();
+    assert_eq!(Some(&*program), install::carried_shim(), "what is tested here is what is installed");
+    assert!(program.len() < 1_000_000, "{} bytes", program.len());
+    // Of an ELF file of 64 bits: where its program headers are, and how many.
+    let number = |at: usize, len: usize| program[at..at + len].iter().rev().fold(0, |n, b| n << 8 | usize::from(*b));
+    let (table, size, count) = (number(32, 8), number(54, 2), number(56, 2));
+    let kinds: Vec<usize> = (0..count).map(|nth| number(table + nth * size, 4)).collect();
+    const LOAD: usize = 1;
+    const INTERPRETER: usize = 3;
+    assert!(kinds.contains(&LOAD) && !kinds.contains(&INTERPRETER), "{kinds:?}");
 }
 
 #[test]
@@ -230,7 +252,7 @@ fn a_killed_shim_leaves_a_whole_release_or_none() {
 #[test]
 fn a_stdin_that_never_ends_is_given_up() {
     let dir = tempfile::tempdir().unwrap();
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_fairway-cni"));
+    let mut command = std::process::Command::new(shim::PROGRAM);
     command.env_clear().env("CNI_COMMAND", "STATUS").current_dir(dir.path());
     let mut child = command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn().unwrap();
     let stdin = child.stdin.take();

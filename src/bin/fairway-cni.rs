@@ -5,9 +5,9 @@
 //! has a deadline of its own, and never loses a release: a DEL that the agent
 //! cannot take now is left in the spool and reported as done.
 //!
-//! Uses std, serde and serde_json only, needs no library but the C library
-//! (`build.rs`), and starts no thread on its usual way: it lives for less than a
-//! millisecond besides what the agent takes.
+//! Uses std, serde and serde_json only, ships as a static program (`shim/`,
+//! `build/shim.rs`), and starts no thread on its usual way: it lives for a fraction
+//! of a millisecond besides what the agent takes.
 #![cfg_attr(not(test), no_main)]
 
 use std::env;

@@ -26,7 +26,7 @@ use super::vpc::name::LabId;
 use super::vpc::ns::Netns;
 use super::vpc::os::Boot;
 use super::vpc::{Vpc, VpcConfig};
-use crate::install::Conflist;
+use crate::install::{self, Conflist};
 
 mod config;
 
@@ -227,7 +227,8 @@ impl Site {
 
     /// Plugins, then the conflist, as `fairway install-cni` does.
     fn install(&self, node: &Node) -> anyhow::Result<()> {
-        node.install_plugin("fairway-cni", &self.config.shim)?;
+        let shim = install::shim(self.config.shim.as_deref())?;
+        install::replace(&node.dirs().cni_bin.join(install::SHIM), &shim, 0o755)?;
         if let Some(plugins) = &self.config.plugins {
             node.install_plugin("portmap", &plugins.join("portmap"))?;
         }
@@ -239,7 +240,7 @@ impl Site {
             portmap: self.config.plugins.is_some(),
         };
         let text = format!("{:#}\n", conflist.render());
-        Ok(crate::install::replace(&node.dirs().net_d.join("10-fairway.conflist"), text.as_bytes(), 0o600)?)
+        Ok(install::replace(&node.dirs().net_d.join("10-fairway.conflist"), text.as_bytes(), 0o600)?)
     }
 
     fn agent_config(&self, node: &str, root: &Path) -> Value {

@@ -8,6 +8,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+/// The shim that ships; the plain one where the build had no static C library.
+pub const PROGRAM: &str =
+    if env!("FAIRWAY_SHIM").is_empty() { env!("CARGO_BIN_EXE_fairway-cni") } else { env!("FAIRWAY_SHIM") };
+
 /// What a runtime sees of a call.
 #[derive(Debug)]
 pub struct Outcome {
@@ -72,7 +76,7 @@ impl Call {
         self
     }
     pub fn spawn(&self) -> Child {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fairway-cni"));
+        let mut command = Command::new(PROGRAM);
         command.env_clear().envs(self.env.iter().map(|(k, v)| (k, v)));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = command.spawn().unwrap();

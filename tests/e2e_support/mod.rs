@@ -93,7 +93,6 @@ pub async fn lab(letter: &str, nodes: usize, shape: impl FnOnce(&mut SiteConfig)
     let cleanup = Cleanup(id.clone());
     let mut config = SiteConfig::new(id, nodes, TYPE).unwrap();
     config.program = env!("CARGO_BIN_EXE_fairway").into();
-    config.shim = env!("CARGO_BIN_EXE_fairway-cni").into();
     config.cloud.latency_scale = 0.02;
     config.cloud.throttle.default_per_minute = 0;
     config.cloud.throttle.per_api.clear();

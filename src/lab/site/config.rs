@@ -33,7 +33,8 @@ pub struct SiteConfig {
     /// A killed agent comes back after this long.
     pub restart_agents: Option<Duration>,
     pub program: PathBuf,
-    pub shim: PathBuf,
+    /// Another shim than the one that is installed.
+    pub shim: Option<PathBuf>,
     /// The reference plugins' folder, to chain `portmap` after Fairway.
     pub plugins: Option<PathBuf>,
     pub cni_version: String,
@@ -59,7 +60,6 @@ impl SiteConfig {
             })
             .collect();
         let program = std::env::current_exe().context("this program's own path")?;
-        let shim = beside(&program, "fairway-cni")?;
         let plugins = Path::new("/usr/lib/cni");
         Ok(Self {
             id,
@@ -72,7 +72,7 @@ impl SiteConfig {
             agent_env: Vec::new(),
             restart_agents: Some(Duration::from_millis(200)),
             program,
-            shim,
+            shim: None,
             plugins: plugins.join("portmap").exists().then(|| plugins.to_owned()),
             cni_version: "1.0.0".to_owned(),
             runs_pods: true,
@@ -80,11 +80,4 @@ impl SiteConfig {
             backoff: (Duration::from_secs(1), Duration::from_secs(10)),
         })
     }
-}
-
-/// A program of the same build: beside this one, or one folder up (tests).
-fn beside(program: &Path, name: &str) -> anyhow::Result<PathBuf> {
-    let dirs = program.ancestors().skip(1).take(2);
-    let found = dirs.map(|dir| dir.join(name)).find(|p| p.exists());
-    found.with_context(|| format!("no {name} beside {}; build it: cargo build --bins", program.display()))
 }
