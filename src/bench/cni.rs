@@ -8,6 +8,8 @@
 pub mod burst;
 pub mod driver;
 
+pub use burst::rss_mb;
+
 use std::path::Path;
 use std::time::Duration;
 

@@ -79,7 +79,7 @@ async fn one(plan: &Plan, round: usize, samples: &mut Vec<Sample>) -> anyhow::Re
 }
 
 /// The agent's resident memory.
-async fn rss_mb(site: &crate::lab::site::Site) -> anyhow::Result<f64> {
+pub async fn rss_mb(site: &crate::lab::site::Site) -> anyhow::Result<f64> {
     let pid = site.nodes[0].node.agent_pid().await.context("the agent does not run")?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("no VmRSS")?;
