@@ -46,7 +46,8 @@ pub struct ServicePort {
     pub probed: bool,
 }
 
-const ALL: &[&str] = &["first", "middle", "last"];
+/// Where a probed Service may be.
+pub const POSITIONS: &[&str] = &["first", "middle", "last"];
 /// So that no Service is in two positions.
 const FEWEST: usize = 7;
 
@@ -57,18 +58,18 @@ impl Fleet {
         let probe = |index, positions, nodes| Probe { index, positions, nodes };
         match services {
             1 => {
-                let one = |nodes| Self { services, probes: vec![probe(0, ALL, nodes)] };
+                let one = |nodes| Self { services, probes: vec![probe(0, POSITIONS, nodes)] };
                 Ok(vec![one(1), one(2)])
             }
             FEWEST.. => {
                 let (middle, last) = (services / 2, services - 1);
                 let probes = vec![
-                    probe(0, &ALL[..1], 1),
-                    probe(1, &ALL[..1], 2),
-                    probe(middle, &ALL[1..2], 1),
-                    probe(middle + 1, &ALL[1..2], 2),
-                    probe(last - 1, &ALL[2..], 2),
-                    probe(last, &ALL[2..], 1),
+                    probe(0, &POSITIONS[..1], 1),
+                    probe(1, &POSITIONS[..1], 2),
+                    probe(middle, &POSITIONS[1..2], 1),
+                    probe(middle + 1, &POSITIONS[1..2], 2),
+                    probe(last - 1, &POSITIONS[2..], 2),
+                    probe(last, &POSITIONS[2..], 1),
                 ];
                 Ok(vec![Self { services, probes }])
             }

@@ -52,11 +52,11 @@ pub fn load(mode: Mode, place: &Place, fleet: &Fleet) -> anyhow::Result<()> {
     .with_context(|| format!("{} rules of {} Services", mode.name(), fleet.services))
 }
 
-/// How many packets the probed Service's rules for both its ports have
+/// How many packets the rules of each probed Service, for both its ports, have
 /// translated: the first of each flow.
-pub fn translated(mode: Mode, place: &Place, probe: &Probe) -> anyhow::Result<u64> {
+pub fn translated(mode: Mode, place: &Place, probes: &[Probe]) -> anyhow::Result<Vec<u64>> {
     place.near.space.run(|| match mode {
-        Mode::Iptables => iptables::translated(probe),
-        Mode::Nftables => nftables::translated(probe),
+        Mode::Iptables => iptables::translated(probes),
+        Mode::Nftables => nftables::translated(probes),
     })
 }

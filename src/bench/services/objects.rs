@@ -22,7 +22,7 @@ pub fn service(index: usize, protocols: &[&str]) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": { "namespace": NAMESPACE, "name": name(index), "uid": format!("u{index}") },
+        "metadata": { "namespace": NAMESPACE, "name": name(index) },
         "spec": { "type": "ClusterIP", "clusterIP": ip, "clusterIPs": [ip], "ports": ports },
     })
 }

@@ -7,7 +7,6 @@
 //! of the same moment. At the end the counters of the probed Services' rules must
 //! have gone up.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -106,12 +105,14 @@ impl Subject {
         }
     }
 
-    /// What the kernel has counted of this Service; none where there is none.
-    fn translated(&self, probe: &Probe) -> anyhow::Result<Option<u64>> {
+    /// What the kernel has counted of each probed Service; nothing where there is
+    /// none. Fairway's packet path counts its flows together, and connections are
+    /// resolved before there is a packet.
+    fn translated(&self, probes: &[Probe]) -> anyhow::Result<Vec<u64>> {
         Ok(match &self.how {
-            How::Routed => None,
-            How::KubeProxy(mode) => Some(kube_proxy::translated(*mode, &self.place, probe)?),
-            How::Fairway(fairway) => Some(fairway.translated()?),
+            How::Routed => Vec::new(),
+            How::KubeProxy(mode) => kube_proxy::translated(*mode, &self.place, probes)?,
+            How::Fairway(fairway) => vec![fairway.translated()?],
         })
     }
 
@@ -199,36 +200,34 @@ impl Loaded<'_> {
         Ok(())
     }
 
-    fn prove(&mut self) -> anyhow::Result<BTreeMap<(usize, usize), u64>> {
-        let mut counted = BTreeMap::new();
-        for (s, subject) in self.subjects.iter_mut().enumerate() {
-            for (p, probe) in self.fleet.probes.iter().enumerate() {
+    /// By subject, what its rules have counted of the proofs.
+    fn prove(&mut self) -> anyhow::Result<Vec<Vec<u64>>> {
+        let mut counted = Vec::new();
+        for subject in self.subjects.iter_mut() {
+            for probe in &self.fleet.probes {
                 let about = format!("{} does not carry {}", subject.name, probe.service());
                 subject.turn(true)?;
                 let proved = subject.prove(probe);
                 subject.turn(false)?;
                 proved.context(about)?;
-                if let Some(count) = subject.translated(probe)? {
-                    anyhow::ensure!(count > 0, "{}: the rules of {} counted nothing", subject.name, probe.service());
-                    counted.insert((s, p), count);
-                }
             }
+            let counts = subject.translated(&self.fleet.probes)?;
+            anyhow::ensure!(counts.iter().all(|n| *n > 0), "{}: rules counted nothing: {counts:?}", subject.name);
+            counted.push(counts);
         }
         Ok(counted)
     }
 
-    fn check_counters(&self, before: &BTreeMap<(usize, usize), u64>) -> anyhow::Result<()> {
+    fn check_counters(&self, before: &[Vec<u64>]) -> anyhow::Result<()> {
         let udp = self.task.metrics.iter().any(|m| matches!(m, Metric::UdpRr | Metric::UdpPps));
-        for ((s, p), before) in before {
-            let (subject, probe) = (&self.subjects[*s], &self.fleet.probes[*p]);
-            // Fairway's packet path counts flows; connections are resolved before
-            // there is a packet.
+        for (subject, before) in self.subjects.iter().zip(before) {
             if matches!(subject.how, How::Fairway(_)) && !udp {
                 continue;
             }
-            let now = subject.translated(probe)?.unwrap_or(0);
-            let (name, at) = (subject.name, probe.service());
-            anyhow::ensure!(now > *before, "{name}: the rules of {at} carried none of the traffic ({before}, {now})");
+            let now = subject.translated(&self.fleet.probes)?;
+            let all_rose = now.iter().zip(before).all(|(now, before)| now > before);
+            let name = subject.name;
+            anyhow::ensure!(all_rose, "{name}: rules of a probed Service carried nothing: {before:?}, then {now:?}");
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::BASELINE;
+use super::fleet::POSITIONS;
 use crate::bench::stats::{Params, Row, significant};
 
 const SUBJECTS: [&str; 3] = ["iptables", "nftables", "fairway"];
@@ -26,12 +27,8 @@ pub fn table(rows: &[Row]) -> String {
     let mut keys = order.clone();
     keys.sort_by_key(|(metric, params)| {
         let number = |key: &str| params.get(key).and_then(|n| n.parse::<usize>().ok());
-        (
-            rank(metric),
-            number("nodes"),
-            params.get("position").map(|p| p.len() + usize::from(p == "middle")),
-            number("services"),
-        )
+        let position = params.get("position").and_then(|p| POSITIONS.iter().position(|of| of == p));
+        (rank(metric), number("nodes"), position, number("services"))
     });
     let mut head = vec!["metric", "nodes", "position", "services", BASELINE];
     head.extend(SUBJECTS);

@@ -78,6 +78,11 @@ fn chain(index: usize, protocol: &str) -> String {
     format!("service-{}-{of}", hash(&of, 8))
 }
 
+/// The counter that a probed Service's rule has.
+fn counter(index: usize, protocol: &str) -> String {
+    format!("{}-{protocol}", name(index))
+}
+
 /// One transaction after the other.
 pub fn rules(fleet: &Fleet) -> Vec<String> {
     let ports: Vec<ServicePort> = fleet.ports().collect();
@@ -90,12 +95,17 @@ pub fn rules(fleet: &Fleet) -> Vec<String> {
             let chain = chain(port.index, protocol);
             let to: Vec<String> =
                 port.endpoints.iter().enumerate().map(|(n, ip)| format!("{n} : {ip} . {endpoint_port}")).collect();
-            let counter = if port.probed { "counter " } else { "" };
             // Writing to a String cannot fail.
             let _ = writeln!(text, "add chain {TABLE} {chain}");
+            let mut counted = String::new();
+            if port.probed {
+                let counter = counter(port.index, protocol);
+                let _ = writeln!(text, "add counter {TABLE} {counter}");
+                counted = format!("counter name {counter} ");
+            }
             let _ = writeln!(
                 text,
-                "add rule {TABLE} {chain} meta l4proto {protocol} {counter}dnat ip addr . port to numgen random mod {} map {{ {} }}",
+                "add rule {TABLE} {chain} meta l4proto {protocol} {counted}dnat ip addr . port to numgen random mod {} map {{ {} }}",
                 to.len(),
                 to.join(" , ")
             );
@@ -123,14 +133,15 @@ pub fn apply(text: &str) -> anyhow::Result<()> {
     tool("nft", "-f -", text).map(drop)
 }
 
-pub fn translated(probe: &Probe) -> anyhow::Result<u64> {
-    let mut sum = 0;
-    for protocol in ["tcp", "udp"] {
-        let chain = chain(probe.index, protocol);
-        let listed = tool("nft", &format!("list chain {TABLE} {chain}"), "")?;
-        let count =
-            listed.split_once("counter packets ").and_then(|(_, rest)| rest.split(' ').next()?.parse::<u64>().ok());
-        sum += count.with_context(|| format!("no counter in {chain}"))?;
-    }
-    Ok(sum)
+pub fn translated(probes: &[Probe]) -> anyhow::Result<Vec<u64>> {
+    let listed = tool("nft", &format!("list counters table {TABLE}"), "")?;
+    let packets = |index, protocol| {
+        let (_, rest) = listed.split_once(&format!("counter {} {{", counter(index, protocol)))?;
+        rest.split_once("packets ")?.1.split(' ').next()?.parse::<u64>().ok()
+    };
+    let of = |probe: &Probe| {
+        let both = ["tcp", "udp"].map(|protocol| packets(probe.index, protocol));
+        both.into_iter().sum::<Option<u64>>().with_context(|| format!("no counters of {}", name(probe.index)))
+    };
+    probes.iter().map(of).collect()
 }
