@@ -93,8 +93,7 @@ async fn steady(plan: &Plan) -> anyhow::Result<Vec<Sample>> {
                         warm(site, count).await?;
                     }
                     tokio::time::sleep(PAUSE).await;
-                    let id = subject.name.replace('_', "-");
-                    let which = sandboxes.of(&format!("{id}{round}x{parallel}"), count);
+                    let which = sandboxes.of(&format!("{}{round}x{parallel}", subject.name), count);
                     let (add, del) = add_and_del(subject.clone(), which, parallel).await?;
                     sample(&mut samples, subject.name, parallel, round, &add, &del);
                 }

@@ -125,12 +125,12 @@ impl Task {
 
 pub async fn measure(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     let task = Task::new(&plan.services, plan.rounds)?;
-    let mut samples = Vec::new();
+    // What takes long comes last.
+    let mut samples = memory::measure(plan, &task).await?;
+    samples.extend(on_a_thread(plan, &task, control::measure).await?);
     if task.metrics.iter().any(|metric| metric.is_traffic()) {
         samples.extend(on_a_thread(plan, &task, rounds::measure).await?);
     }
-    samples.extend(on_a_thread(plan, &task, control::measure).await?);
-    samples.extend(memory::measure(plan, &task).await?);
     Ok(rows(&samples, |metric| match metric {
         "endpoint_update_ms" | "full_sync_s" | "rss_mb" => String::new(),
         _ => BASELINE.to_owned(),

@@ -101,7 +101,7 @@ impl Fleet {
 }
 
 pub fn vip(index: usize) -> Ipv4Addr {
-    nth(Ipv4Addr::new(10, 96, 0, 0), index + 1)
+    nth(Ipv4Addr::new(172, 21, 16, 0), index)
 }
 
 pub fn name(index: usize) -> String {

@@ -5,8 +5,10 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use serde_json::json;
 
 use super::control::{self, MEMORY_SERVICES};
+use super::fleet::NAMESPACE;
 use super::{Metric, Task};
 use crate::bench::Plan;
 use crate::bench::cni::rss_mb;
@@ -32,6 +34,8 @@ pub async fn measure(plan: &Plan, task: &Task) -> anyhow::Result<Vec<Sample>> {
 
 async fn carried(plan: &Plan, site: &Site) -> anyhow::Result<f64> {
     plan.progress.say(&format!("{MEMORY_SERVICES} Services of 4 endpoints for an agent of the lab"));
+    let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } });
+    site.cluster.apply(namespace).await?;
     for objects in control::objects() {
         for object in objects? {
             site.cluster.apply(object).await?;

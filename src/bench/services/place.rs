@@ -19,8 +19,8 @@ use crate::bench::network::traffic::Server;
 
 /// The pods' range, on every node.
 pub const POD_CIDR: &str = "10.128.0.0/9";
-/// Services' addresses.
-pub const SERVICE_CIDR: &str = "10.96.0.0/12";
+/// Services' addresses, as the lab's API server has them.
+pub const SERVICE_CIDR: &str = "172.21.0.0/16";
 /// The pods' gateway, as they see it.
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 

@@ -149,7 +149,7 @@ mod tests {
         let of_ports = text.lines().filter(|l| l.starts_with("-A KUBE-SVC-") || l.starts_with("-A KUBE-SEP-"));
         assert_eq!(of_ports.count(), 7 * large.ports().count());
         let services: Vec<_> = text.lines().filter(|l| l.starts_with("-A KUBE-SERVICES -m tcp")).collect();
-        assert!(services[0].contains("-d 10.96.0.1 "), "in the fleet's order");
+        assert!(services[0].contains("-d 172.21.16.0 "), "in the fleet's order");
         assert_eq!(services.len(), 1000);
     }
 }
