@@ -44,19 +44,28 @@ pub fn load(mode: Mode, place: &Place, fleet: &Fleet) -> anyhow::Result<()> {
             })
         })
     };
-    std::thread::scope(|scope| {
-        let far = scope.spawn(|| put(&place.far));
-        put(&place.near)?;
-        far.join().unwrap_or_else(|_| anyhow::bail!("the thread that loads rules panicked"))
-    })
-    .with_context(|| format!("{} rules of {} Services", mode.name(), fleet.services))
+    let both = || match mode {
+        // One lock for the whole machine.
+        Mode::Iptables => put(&place.near).and_then(|()| put(&place.far)),
+        Mode::Nftables => std::thread::scope(|scope| {
+            let far = scope.spawn(|| put(&place.far));
+            put(&place.near)?;
+            far.join().unwrap_or_else(|_| anyhow::bail!("the thread that loads rules panicked"))
+        }),
+    };
+    both().with_context(|| format!("{} rules of {} Services", mode.name(), fleet.services))
 }
 
 /// How many packets the rules of each probed Service, for both its ports, have
-/// translated: the first of each flow.
-pub fn translated(mode: Mode, place: &Place, probes: &[Probe]) -> anyhow::Result<Vec<u64>> {
+/// translated since `before` was read: the first of each flow.
+pub fn translated(mode: Mode, place: &Place, probes: &[Probe], before: &[u64]) -> anyhow::Result<Vec<u64>> {
     place.near.space.run(|| match mode {
-        Mode::Iptables => iptables::translated(probes),
+        Mode::Iptables => {
+            let now = iptables::translated(probes)?;
+            let before = before.iter().copied().chain(std::iter::repeat(0));
+            Ok(now.iter().zip(before).map(|(now, before)| now.saturating_sub(before)).collect())
+        }
+        // Reading them sets them back.
         Mode::Nftables => nftables::translated(probes),
     })
 }

@@ -24,7 +24,7 @@ const POSITION: &str = "last";
 const WIDTH: f64 = 300.0;
 const HEIGHT: f64 = 180.0;
 const LEFT: f64 = 46.0;
-const TOP: f64 = 58.0;
+const TOP: f64 = 68.0;
 const RIGHT: f64 = 74.0;
 const GAP: f64 = 62.0;
 /// The least height between two names.
@@ -50,12 +50,16 @@ impl Axes {
 
 /// `None` when nothing of it was measured.
 pub fn svg(rows: &[Row]) -> Option<String> {
-    let mut services: Vec<f64> =
-        rows.iter().filter(|r| r.metric == PANELS[0].0 || r.metric == PANELS[1].0).filter_map(services_of).collect();
+    let of_panels = |r: &&Row| {
+        let position = r.params.get("position").is_some_and(|p| p == POSITION);
+        position && PANELS.iter().any(|(metric, _)| r.metric == *metric)
+    };
+    let shown: Vec<&Row> = rows.iter().filter(of_panels).collect();
+    let mut services: Vec<f64> = shown.iter().filter_map(|r| services_of(r)).collect();
     services.sort_by(f64::total_cmp);
     services.dedup();
     let (from, to) = (services.first()?.log10(), services.last()?.log10());
-    let highest = rows.iter().filter_map(|r| r.ratio_q3).fold(1.0, f64::max);
+    let highest = shown.iter().filter_map(|r| r.ratio_q3).fold(1.0, f64::max);
     let axes = Axes { from, to, top: (highest * 5.0).ceil().clamp(5.0, 10.0) / 5.0 };
     let (width, height) = (2.0 * (LEFT + WIDTH + RIGHT), TOP + 2.0 * (HEIGHT + GAP));
     let mut out = String::new();
@@ -76,12 +80,9 @@ pub fn svg(rows: &[Row]) -> Option<String> {
     for (row, (metric, title)) in PANELS.iter().enumerate() {
         for (column, nodes) in [1, 2].into_iter().enumerate() {
             let (x, y) = (column as f64 * (LEFT + WIDTH + RIGHT), TOP + row as f64 * (HEIGHT + GAP));
-            let of_panel = |r: &&Row| {
-                r.metric == *metric
-                    && r.params.get("position").is_some_and(|p| p == POSITION)
-                    && r.params.get("nodes").is_some_and(|n| *n == nodes.to_string())
-            };
-            let rows: Vec<&Row> = rows.iter().filter(of_panel).collect();
+            let nodes_are = |r: &Row| r.params.get("nodes").is_some_and(|n| *n == nodes.to_string());
+            let of_panel = |r: &&&Row| r.metric == *metric && nodes_are(r);
+            let rows: Vec<&Row> = shown.iter().filter(of_panel).copied().collect();
             let _ = writeln!(out, r#"<g transform="translate({x} {y})">"#);
             let plural = if nodes == 1 { "one node" } else { "two nodes" };
             panel(&mut out, &axes, &services, &format!("{title}, {plural}"), &rows);

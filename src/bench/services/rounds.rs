@@ -105,14 +105,14 @@ impl Subject {
         }
     }
 
-    /// What the kernel has counted of each probed Service; nothing where there is
-    /// none. Fairway's packet path counts its flows together, and connections are
-    /// resolved before there is a packet.
-    fn translated(&self, probes: &[Probe]) -> anyhow::Result<Vec<u64>> {
+    /// What the kernel has counted of each probed Service since `before`; nothing
+    /// where there is none. Fairway's packet path counts its flows together, and
+    /// connections are resolved before there is a packet.
+    fn translated(&self, probes: &[Probe], before: &[u64]) -> anyhow::Result<Vec<u64>> {
         Ok(match &self.how {
             How::Routed => Vec::new(),
-            How::KubeProxy(mode) => kube_proxy::translated(*mode, &self.place, probes)?,
-            How::Fairway(fairway) => vec![fairway.translated()?],
+            How::KubeProxy(mode) => kube_proxy::translated(*mode, &self.place, probes, before)?,
+            How::Fairway(fairway) => vec![fairway.translated()? - before.first().unwrap_or(&0)],
         })
     }
 
@@ -211,7 +211,7 @@ impl Loaded<'_> {
                 subject.turn(false)?;
                 proved.context(about)?;
             }
-            let counts = subject.translated(&self.fleet.probes)?;
+            let counts = subject.translated(&self.fleet.probes, &[])?;
             anyhow::ensure!(counts.iter().all(|n| *n > 0), "{}: rules counted nothing: {counts:?}", subject.name);
             counted.push(counts);
         }
@@ -224,10 +224,9 @@ impl Loaded<'_> {
             if matches!(subject.how, How::Fairway(_)) && !udp {
                 continue;
             }
-            let now = subject.translated(&self.fleet.probes)?;
-            let all_rose = now.iter().zip(before).all(|(now, before)| now > before);
+            let more = subject.translated(&self.fleet.probes, before)?;
             let name = subject.name;
-            anyhow::ensure!(all_rose, "{name}: rules of a probed Service carried nothing: {before:?}, then {now:?}");
+            anyhow::ensure!(more.iter().all(|n| *n > 0), "{name}: rules of a probed Service carried nothing: {more:?}");
         }
         Ok(())
     }

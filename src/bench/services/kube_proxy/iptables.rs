@@ -113,7 +113,7 @@ fn one(port: &ServicePort, large: bool, chains: &mut String, services: &mut Stri
 
 /// In the calling thread's namespace.
 pub fn restore(text: &str) -> anyhow::Result<()> {
-    tool(&format!("{PROGRAM}-restore"), "-w 5 --counters", text).map(drop)
+    tool(&format!("{PROGRAM}-restore"), "-w 60 --counters", text).map(drop)
 }
 
 /// Read once for all: there is no way to ask the kernel for less than a table.

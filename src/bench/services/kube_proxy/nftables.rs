@@ -133,8 +133,10 @@ pub fn apply(text: &str) -> anyhow::Result<()> {
     tool("nft", "-f -", text).map(drop)
 }
 
+/// Reads the counters by setting them back: to list them, `nft` would first fetch
+/// every chain and map there is, which takes minutes with the most Services.
 pub fn translated(probes: &[Probe]) -> anyhow::Result<Vec<u64>> {
-    let listed = tool("nft", &format!("list counters table {TABLE}"), "")?;
+    let listed = tool("nft", &format!("reset counters table {TABLE}"), "")?;
     let packets = |index, protocol| {
         let (_, rest) = listed.split_once(&format!("counter {} {{", counter(index, protocol)))?;
         rest.split_once("packets ")?.1.split(' ').next()?.parse::<u64>().ok()
