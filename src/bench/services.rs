@@ -27,7 +27,7 @@ use super::stats::{Row, Sample, rows};
 
 const SIZES: [usize; 6] = [1, 100, 1000, 5000, 10_000, 30_000];
 const QUICK_SIZES: [usize; 2] = [1, 1000];
-const ROUNDS: usize = 14;
+const ROUNDS: usize = 12;
 const QUICK_ROUNDS: usize = 3;
 /// The baseline of all traffic.
 pub const BASELINE: &str = "routed";

@@ -55,15 +55,10 @@ pub fn slice(index: usize, protocols: &[&str], endpoints: &[Ipv4Addr], port: u16
 }
 
 /// What ClusterWatch does with what it is told.
+#[derive(Default)]
 pub struct Feed {
     pub index: Index,
     names: Names,
-}
-
-impl Default for Feed {
-    fn default() -> Self {
-        Self { index: Index::default(), names: Names::default() }
-    }
 }
 
 impl Feed {
