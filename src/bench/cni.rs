@@ -3,10 +3,14 @@
 //! The calls are made as a runtime makes them: a process each, timed from
 //! outside. Fairway's node has a warm pool; its agent keeps its ledger on the
 //! same disk as the reference plugins' `host-local` keeps its files. Every
-//! subject has a node namespace of its own.
+//! subject has a node namespace of its own. `fairway_no_ebpf` is an agent that
+//! was given no BPF file system and so puts no programs on pods' devices; the
+//! difference is what they add to an ADD.
 
 pub mod burst;
 pub mod driver;
+
+pub use burst::rss_mb;
 
 use std::path::Path;
 use std::time::Duration;
@@ -17,6 +21,7 @@ use serde_json::{Value, json};
 use super::Plan;
 use super::stats::{Params, Row, Sample, rows};
 use crate::lab::site::{Site, SiteConfig};
+use crate::lab::vpc::name::LabId;
 use crate::lab::vpc::ns::OwnedNetns;
 use crate::pool::snapshot::PoolSnapshot;
 use driver::{Batch, Sandbox, Sandboxes, Subject, batch, reference};
@@ -39,7 +44,7 @@ pub async fn measure(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     samples.extend(burst::measure(plan).await?);
     Ok(rows(&samples, |metric| match metric {
         "burst_calls" | "burst_seconds" => "ideal".to_owned(),
-        "rss_mb" => String::new(),
+        "rss_mb" | "ebpf_adds_ms" => String::new(),
         _ => "ptp".to_owned(),
     }))
 }
@@ -58,17 +63,24 @@ async fn steady(plan: &Plan) -> anyhow::Result<Vec<Sample>> {
         "max_idle": 210,
         "quarantine": format!("{}s", QUARANTINE.as_secs()),
     }});
-    let site = site(plan, 0.2, agent, 1).await?;
+    let without = json!({ "bpffs": null, "services": { "enabled": false } });
+    let sites = [
+        site(plan, &plan.id, 0.2, agent.clone(), 1).await?,
+        site(plan, &beside(&plan.id)?, 0.2, merged(agent, without), 1).await?,
+    ];
     let measured = async {
         let prefix = plan.id.name("");
         let nodes = [OwnedNetns::create(&plan.id.name("ptp"))?, OwnedNetns::create(&plan.id.name("bridge"))?];
         let state = plan.id.state_dir();
         let subjects = [
-            fairway(&site),
+            fairway(&sites[0], "fairway"),
+            fairway(&sites[1], WITHOUT_EBPF),
             reference("ptp", plugins, nodes[0].path(), &state.join("ptp")),
             reference("bridge", plugins, nodes[1].path(), &state.join("bridge")),
         ];
-        bind_pods(&site, most).await?;
+        for site in &sites {
+            bind_pods(site, most).await?;
+        }
         let sandboxes = Sandboxes::create(&format!("{prefix}p"), most)?;
         let rounds = plan.rounds.unwrap_or(ROUNDS);
         let mut samples = Vec::new();
@@ -77,22 +89,56 @@ async fn steady(plan: &Plan) -> anyhow::Result<Vec<Sample>> {
             for (parallel, count) in BATCHES {
                 for turn in 0..subjects.len() {
                     let subject = &subjects[(round + turn) % subjects.len()];
-                    if subject.name == "fairway" {
-                        warm(&site, count).await?;
+                    if let Some(site) = sites.get(which(subject.name)) {
+                        warm(site, count).await?;
                     }
                     tokio::time::sleep(PAUSE).await;
                     let which = sandboxes.of(&format!("{}{round}x{parallel}", subject.name), count);
                     let (add, del) = add_and_del(subject.clone(), which, parallel).await?;
                     sample(&mut samples, subject.name, parallel, round, &add, &del);
                 }
+                added_by_ebpf(&mut samples, round);
             }
         }
         drop(sandboxes);
         Ok(samples)
     };
     let measured = measured.await;
-    site.down().await?;
+    for site in sites {
+        site.down().await?;
+    }
     measured
+}
+
+/// The agent that attaches no programs.
+const WITHOUT_EBPF: &str = "fairway_no_ebpf";
+
+/// Which of the two sites is a subject's; none for the reference plugins.
+fn which(subject: &str) -> usize {
+    ["fairway", WITHOUT_EBPF].iter().position(|name| *name == subject).unwrap_or(usize::MAX)
+}
+
+/// A second lab beside that of this id.
+fn beside(id: &LabId) -> anyhow::Result<LabId> {
+    let short: String = id.as_str().chars().take(11).collect();
+    Ok(format!("{short}w").parse()?)
+}
+
+fn merged(mut config: Value, more: Value) -> Value {
+    if let (Value::Object(config), Value::Object(more)) = (&mut config, more) {
+        config.extend(more);
+    }
+    config
+}
+
+/// The difference of the last two ADD medians of a round, one with programs and
+/// one without.
+fn added_by_ebpf(samples: &mut Vec<Sample>, round: usize) {
+    let last = |name: &str| samples.iter().rev().find(|s| s.metric == "add_p50" && s.subject == name).cloned();
+    if let (Some(with), Some(without)) = (last("fairway"), last(WITHOUT_EBPF)) {
+        let value = with.value - without.value;
+        samples.push(Sample { metric: "ebpf_adds_ms", value, round, ..with });
+    }
 }
 
 fn sample(samples: &mut Vec<Sample>, subject: &str, parallel: usize, round: usize, add: &Batch, del: &Batch) {
@@ -117,8 +163,8 @@ async fn add_and_del(subject: Subject, sandboxes: Vec<Sandbox>, parallel: usize)
 }
 
 /// A lab of one node whose pods are this suite's to start, not a kubelet's.
-async fn site(plan: &Plan, latency_scale: f64, agent: Value, seed: u64) -> anyhow::Result<Site> {
-    let mut config = SiteConfig::new(plan.id.clone(), 1, INSTANCE_TYPE)?;
+async fn site(plan: &Plan, id: &LabId, latency_scale: f64, agent: Value, seed: u64) -> anyhow::Result<Site> {
+    let mut config = SiteConfig::new(id.clone(), 1, INSTANCE_TYPE)?;
     config.cloud.latency_scale = latency_scale;
     config.cloud.seed = seed;
     config.agent = agent;
@@ -127,7 +173,7 @@ async fn site(plan: &Plan, latency_scale: f64, agent: Value, seed: u64) -> anyho
 }
 
 /// The shim as the site's conflist has it, for a runtime that runs one plugin.
-fn fairway(site: &Site) -> Subject {
+fn fairway(site: &Site, name: &'static str) -> Subject {
     let node = &site.nodes[0].node;
     let root = &node.dirs().root;
     let config = json!({
@@ -138,7 +184,7 @@ fn fairway(site: &Site) -> Subject {
         "spoolDir": root.join("spool"),
     });
     Subject {
-        name: "fairway",
+        name,
         node: node.ns().path().to_owned(),
         plugin: node.dirs().cni_bin.join("fairway-cni"),
         config: config.to_string(),

@@ -102,10 +102,26 @@ struct Metric {
 }
 
 const METRICS: [Metric; 4] = [
-    Metric { name: "tcp_rr", unit: "1/s", measure: |pair, _, time| traffic::tcp_rr(pair, time) },
-    Metric { name: "udp_rr", unit: "1/s", measure: |pair, _, time| traffic::udp_rr(pair, time) },
-    Metric { name: "udp_pps", unit: "1/s", measure: traffic::udp_pps },
-    Metric { name: "tcp_gbps", unit: "Gbit/s", measure: traffic::tcp_gbps },
+    Metric {
+        name: "tcp_rr",
+        unit: "1/s",
+        measure: |pair, _, time| Ok(traffic::tcp_rr(&pair.client, pair.to(), time)?.per_second),
+    },
+    Metric {
+        name: "udp_rr",
+        unit: "1/s",
+        measure: |pair, _, time| Ok(traffic::udp_rr(&pair.client, pair.to(), time)?.per_second),
+    },
+    Metric {
+        name: "udp_pps",
+        unit: "1/s",
+        measure: |pair, server, time| traffic::udp_pps(&pair.client, pair.to(), &[server], time),
+    },
+    Metric {
+        name: "tcp_gbps",
+        unit: "Gbit/s",
+        measure: |pair, server, time| traffic::tcp_gbps(&pair.client, pair.to(), &[server], time),
+    },
 ];
 
 /// One pod of the kind on each node.

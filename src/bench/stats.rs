@@ -119,7 +119,7 @@ pub fn table(rows: &[Row]) -> String {
     crate::status::columns(&lines)
 }
 
-fn significant(v: f64) -> String {
+pub fn significant(v: f64) -> String {
     match v.abs() {
         a if a >= 1000.0 => format!("{v:.0}"),
         a if a >= 10.0 => format!("{v:.1}"),

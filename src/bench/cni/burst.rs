@@ -32,7 +32,7 @@ pub async fn measure(plan: &Plan) -> anyhow::Result<Vec<Sample>> {
 async fn one(plan: &Plan, round: usize, samples: &mut Vec<Sample>) -> anyhow::Result<()> {
     // No stock: the node is as cold as one that has just booted.
     let agent = json!({ "pool": { "min_idle": 0, "max_idle": 0 } });
-    let site = super::site(plan, 1.0, agent, round as u64 + 1).await?;
+    let site = super::site(plan, &plan.id, 1.0, agent, round as u64 + 1).await?;
     let params: Params = [("pods".to_owned(), PODS.to_string())].into();
     let mut push = |metric, unit, subject: &str, value| {
         samples.push(Sample { metric, unit, subject: subject.to_owned(), params: params.clone(), round, value });
@@ -40,7 +40,7 @@ async fn one(plan: &Plan, round: usize, samples: &mut Vec<Sample>) -> anyhow::Re
     let measured = async {
         let sandboxes = Sandboxes::create(&plan.id.name("b"), PODS)?;
         let which = sandboxes.of(&format!("burst{round}"), PODS);
-        let subject = super::fairway(&site);
+        let subject = super::fairway(&site, "fairway");
         let since = site.cloud.now_ms();
         super::bind_pods(&site, PODS).await?;
         let (added, undo) = tokio::task::spawn_blocking({
@@ -79,7 +79,7 @@ async fn one(plan: &Plan, round: usize, samples: &mut Vec<Sample>) -> anyhow::Re
 }
 
 /// The agent's resident memory.
-async fn rss_mb(site: &crate::lab::site::Site) -> anyhow::Result<f64> {
+pub async fn rss_mb(site: &crate::lab::site::Site) -> anyhow::Result<f64> {
     let pid = site.nodes[0].node.agent_pid().await.context("the agent does not run")?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("no VmRSS")?;

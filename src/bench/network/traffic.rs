@@ -1,25 +1,29 @@
-//! Traffic between two namespaces: request-response, packets, bytes.
+//! Traffic between two namespaces: request-response, connections, packets, bytes.
 //!
 //! Plain blocking sockets on threads that entered their namespace once; the
 //! client on one core and the server on another, the same for every subject.
 
+pub mod cpu;
+pub mod server;
+
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, setns};
 use nix::unistd::Pid;
 
+use server::{ECHO, ONCE, SINK};
+pub use server::{PORT, Server};
+
 const CLIENT_CORE: usize = 0;
 const SERVER_CORE: usize = 1;
-const ECHO_PORT: u16 = 7007;
-const SINK_PORT: u16 = 7009;
-const READ_TIMEOUT: Duration = Duration::from_millis(200);
+/// An answer that takes longer is an error: nothing here loses packets.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A client's namespace and the server it talks to.
 #[derive(Clone, Debug)]
@@ -28,6 +32,22 @@ pub struct Pair {
     pub client: PathBuf,
     pub server: PathBuf,
     pub address: IpAddr,
+}
+
+impl Pair {
+    pub fn to(&self) -> SocketAddr {
+        SocketAddr::new(self.address, PORT)
+    }
+}
+
+/// What a client saw of one kind of exchange, done over and over.
+#[derive(Clone, Copy, Debug)]
+pub struct Timed {
+    pub count: u64,
+    pub per_second: f64,
+    pub p99_us: f64,
+    /// What the client's thread used of its processor.
+    pub cpu: Duration,
 }
 
 /// Run `f` on a thread of its own inside the namespace at `path`.
@@ -49,180 +69,71 @@ pub fn in_namespace<R: Send + 'static>(
     })
 }
 
-fn join<R>(thread: JoinHandle<io::Result<R>>) -> io::Result<R> {
+pub fn join<R>(thread: JoinHandle<io::Result<R>>) -> io::Result<R> {
     thread.join().unwrap_or_else(|_| Err(io::Error::other("the traffic thread panicked")))
 }
 
-type Body = Box<dyn FnOnce(&AtomicBool) -> io::Result<()> + Send>;
-
-/// The answering side, inside one namespace, until dropped.
-pub struct Server {
-    stop: Arc<AtomicBool>,
-    /// Bytes and packets the sinks have taken.
-    sunk: Arc<AtomicU64>,
-    packets: Arc<AtomicU64>,
-    threads: Vec<JoinHandle<io::Result<()>>>,
+fn as_client<R: Send + 'static>(namespace: &Path, f: impl FnOnce() -> io::Result<R> + Send + 'static) -> io::Result<R> {
+    join(in_namespace(namespace, Some(CLIENT_CORE), f))
 }
 
-impl Server {
-    pub fn start(namespace: &Path, address: IpAddr) -> io::Result<Self> {
-        let open = in_namespace(namespace, None, move || {
-            let echo = SocketAddr::new(address, ECHO_PORT);
-            let sink = SocketAddr::new(address, SINK_PORT);
-            Ok((TcpListener::bind(echo)?, UdpSocket::bind(echo)?, TcpListener::bind(sink)?, UdpSocket::bind(sink)?))
-        });
-        let (tcp_echo, udp_echo, tcp_sink, udp_sink) = join(open)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let sunk = Arc::new(AtomicU64::new(0));
-        let packets = Arc::new(AtomicU64::new(0));
-        let mut threads = Vec::new();
-        let mut run = |f: Body| {
-            let stop = stop.clone();
-            threads.push(in_namespace(namespace, Some(SERVER_CORE), move || f(&stop)));
-        };
-        run(Box::new(move |stop| accept(&tcp_echo, stop, echo_stream)));
-        run(Box::new(move |stop| echo_datagrams(&udp_echo, stop)));
-        run(Box::new({
-            let sunk = sunk.clone();
-            move |stop| accept(&tcp_sink, stop, move |stream, stop| sink_stream(stream, stop, &sunk))
-        }));
-        run(Box::new({
-            let packets = packets.clone();
-            move |stop| sink_datagrams(&udp_sink, stop, &packets)
-        }));
-        Ok(Self { stop, sunk, packets, threads })
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
-    }
-}
-
-fn accept(
-    listener: &TcpListener,
-    stop: &AtomicBool,
-    mut serve: impl FnMut(TcpStream, &AtomicBool) -> io::Result<()>,
-) -> io::Result<()> {
-    listener.set_nonblocking(true)?;
-    while !stop.load(Ordering::Relaxed) {
-        match listener.accept() {
-            Ok((stream, _)) => {
-                stream.set_nonblocking(false)?;
-                stream.set_nodelay(true)?;
-                stream.set_read_timeout(Some(READ_TIMEOUT))?;
-                // A client that resets ends its own connection only.
-                let _ = serve(stream, stop);
-            }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(1)),
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
-fn timed_out(e: &io::Error) -> bool {
-    matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
-}
-
-fn echo_stream(mut stream: TcpStream, stop: &AtomicBool) -> io::Result<()> {
-    let mut byte = [0u8; 64];
-    while !stop.load(Ordering::Relaxed) {
-        match stream.read(&mut byte) {
-            Ok(0) => return Ok(()),
-            Ok(n) => stream.write_all(&byte[..n])?,
-            Err(e) if timed_out(&e) => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
-fn echo_datagrams(socket: &UdpSocket, stop: &AtomicBool) -> io::Result<()> {
-    socket.set_read_timeout(Some(READ_TIMEOUT))?;
-    let mut buffer = [0u8; 2048];
-    while !stop.load(Ordering::Relaxed) {
-        match socket.recv_from(&mut buffer) {
-            Ok((n, from)) => {
-                let _ = socket.send_to(&buffer[..n], from);
-            }
-            Err(e) if timed_out(&e) => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
-fn sink_stream(mut stream: TcpStream, stop: &AtomicBool, sunk: &AtomicU64) -> io::Result<()> {
-    let mut buffer = vec![0u8; 1 << 18];
-    while !stop.load(Ordering::Relaxed) {
-        match stream.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(n) => {
-                sunk.fetch_add(n as u64, Ordering::Relaxed);
-            }
-            Err(e) if timed_out(&e) => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
-fn sink_datagrams(socket: &UdpSocket, stop: &AtomicBool, packets: &AtomicU64) -> io::Result<()> {
-    socket.set_read_timeout(Some(READ_TIMEOUT))?;
-    let mut buffer = [0u8; 2048];
-    while !stop.load(Ordering::Relaxed) {
-        match socket.recv(&mut buffer) {
-            Ok(_) => {
-                packets.fetch_add(1, Ordering::Relaxed);
-            }
-            Err(e) if timed_out(&e) => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
-}
-
-/// One byte there and back over one connection, times per second.
-pub fn tcp_rr(pair: &Pair, time: Duration) -> io::Result<f64> {
-    let to = SocketAddr::new(pair.address, ECHO_PORT);
-    join(in_namespace(&pair.client, Some(CLIENT_CORE), move || {
-        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))?;
+/// One byte there and back over one connection.
+pub fn tcp_rr(client: &Path, to: SocketAddr, time: Duration) -> io::Result<Timed> {
+    as_client(client, move || {
+        let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
-        rate(time, || {
-            let mut byte = [1u8; 1];
+        stream.set_read_timeout(Some(PATIENCE))?;
+        timed(time, || {
+            let mut byte = [ECHO; 1];
             stream.write_all(&byte)?;
             stream.read_exact(&mut byte)
         })
-    }))
+    })
 }
 
-/// One datagram there and back, times per second.
-pub fn udp_rr(pair: &Pair, time: Duration) -> io::Result<f64> {
-    let to = SocketAddr::new(pair.address, ECHO_PORT);
-    join(in_namespace(&pair.client, Some(CLIENT_CORE), move || {
+/// A connection, one byte there and back, and its end; to each of `to` in turn.
+pub fn tcp_crr(client: &Path, to: Vec<SocketAddr>, time: Duration) -> io::Result<Timed> {
+    as_client(client, move || {
+        let mut turn = to.iter().cycle();
+        timed(time, || {
+            let Some(to) = turn.next() else { return Err(io::Error::other("nobody to connect to")) };
+            let mut stream = TcpStream::connect(to)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            let mut byte = [ONCE; 1];
+            stream.write_all(&byte)?;
+            stream.read_exact(&mut byte)?;
+            match stream.read(&mut byte)? {
+                0 => Ok(()),
+                _ => Err(io::Error::other("more than was asked for")),
+            }
+        })
+    })
+}
+
+/// One datagram there and back.
+pub fn udp_rr(client: &Path, to: SocketAddr, time: Duration) -> io::Result<Timed> {
+    as_client(client, move || {
         let socket = connected(to)?;
-        rate(time, || {
-            let mut byte = [1u8; 1];
+        timed(time, || {
+            let mut byte = [ECHO; 1];
             socket.send(&byte)?;
             socket.recv(&mut byte).map(drop)
         })
-    }))
+    })
 }
 
-/// Small datagrams that arrive, per second, with the sender at full speed.
-pub fn udp_pps(pair: &Pair, server: &Server, time: Duration) -> io::Result<f64> {
-    let to = SocketAddr::new(pair.address, SINK_PORT);
-    let before = server.packets.load(Ordering::Relaxed);
+fn sum(of: &[&Server], what: impl Fn(&server::Seen) -> &AtomicU64) -> u64 {
+    of.iter().map(|server| what(&server.seen).load(Ordering::Relaxed)).sum()
+}
+
+/// Small datagrams that arrive at any of the servers, per second, with the
+/// sender at full speed.
+pub fn udp_pps(client: &Path, to: SocketAddr, servers: &[&Server], time: Duration) -> io::Result<f64> {
+    let before = sum(servers, |seen| &seen.packets);
     let began = Instant::now();
-    join(in_namespace(&pair.client, Some(CLIENT_CORE), move || {
+    as_client(client, move || {
         let socket = connected(to)?;
-        let payload = [0u8; 64];
+        let payload = [SINK; 64];
         while began.elapsed() < time {
             for _ in 0..64 {
                 // A full queue drops, which is what is being measured.
@@ -230,44 +141,58 @@ pub fn udp_pps(pair: &Pair, server: &Server, time: Duration) -> io::Result<f64> 
             }
         }
         Ok(())
-    }))?;
+    })?;
     let seconds = began.elapsed().as_secs_f64();
-    Ok((server.packets.load(Ordering::Relaxed) - before) as f64 / seconds)
+    Ok((sum(servers, |seen| &seen.packets) - before) as f64 / seconds)
 }
 
 /// Bytes of one stream that arrive, in Gbit/s.
-pub fn tcp_gbps(pair: &Pair, server: &Server, time: Duration) -> io::Result<f64> {
-    let to = SocketAddr::new(pair.address, SINK_PORT);
-    let before = server.sunk.load(Ordering::Relaxed);
+pub fn tcp_gbps(client: &Path, to: SocketAddr, servers: &[&Server], time: Duration) -> io::Result<f64> {
+    let before = sum(servers, |seen| &seen.bytes);
     let began = Instant::now();
-    join(in_namespace(&pair.client, Some(CLIENT_CORE), move || {
-        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(2))?;
-        let buffer = vec![0u8; 1 << 17];
+    as_client(client, move || {
+        let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+        let buffer = vec![SINK; 1 << 17];
         while began.elapsed() < time {
             stream.write_all(&buffer)?;
         }
         Ok(())
-    }))?;
+    })?;
     let seconds = began.elapsed().as_secs_f64();
-    Ok((server.sunk.load(Ordering::Relaxed) - before) as f64 * 8.0 / seconds / 1e9)
+    Ok((sum(servers, |seen| &seen.bytes) - before) as f64 * 8.0 / seconds / 1e9)
 }
 
 fn connected(to: SocketAddr) -> io::Result<UdpSocket> {
     let any: IpAddr = if to.is_ipv4() { [0, 0, 0, 0].into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(to)?;
-    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)
 }
 
-fn rate(time: Duration, mut once: impl FnMut() -> io::Result<()>) -> io::Result<f64> {
+fn timed(time: Duration, mut once: impl FnMut() -> io::Result<()>) -> io::Result<Timed> {
+    let mut took: Vec<u32> = Vec::with_capacity(1 << 16);
+    let cpu = cpu::of_this_thread();
     let began = Instant::now();
-    let mut n = 0u64;
-    while began.elapsed() < time {
-        for _ in 0..16 {
-            once()?;
+    let mut last = began;
+    // At least once.
+    loop {
+        once()?;
+        let now = Instant::now();
+        took.push(u32::try_from((now - last).as_nanos()).unwrap_or(u32::MAX));
+        last = now;
+        if last - began >= time {
+            break;
         }
-        n += 16;
     }
-    Ok(n as f64 / began.elapsed().as_secs_f64())
+    let cpu = cpu::of_this_thread().saturating_sub(cpu);
+    // Less than the length.
+    let at = took.len() * 99 / 100;
+    let (_, p99, _) = took.select_nth_unstable(at);
+    Ok(Timed {
+        p99_us: f64::from(*p99) / 1e3,
+        count: took.len() as u64,
+        per_second: took.len() as f64 / (last - began).as_secs_f64(),
+        cpu,
+    })
 }
