@@ -16,6 +16,7 @@ mod entry;
 mod hook;
 pub(crate) mod pins;
 mod programs;
+pub mod samples;
 pub mod services;
 mod sockets;
 mod ways;
@@ -283,6 +284,11 @@ impl Datapath {
             *count = per_cpu.iter().sum();
         }
         Ok(counts)
+    }
+
+    /// Some of those that were drops or refusals, in full, for their one reader.
+    pub fn samples(&self) -> Result<samples::Samples, DatapathError> {
+        samples::Samples::open(&self.pins)
     }
 
     /// The maps behind Services, for their owner.
