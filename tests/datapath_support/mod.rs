@@ -2,6 +2,8 @@
 //! its thread and gone with it: nothing has a name, nothing is left behind.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+pub mod edge;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::net::SocketAddr;
