@@ -105,6 +105,7 @@ fn a_node_port_is_on_every_address_of_the_node_and_on_no_pods_loopback() {
     let mut datapath = node.with_sockets();
     let (pod, server) = (TestPod::new(2), TestPod::new(3));
     pod.attach(&mut datapath, |_| {});
+    server.attach(&mut datapath, |_| {});
     for own in ["10.8.0.1/32", "10.8.0.9/32"] {
         datapath_support::ip(&format!("addr add {own} dev lo"));
     }
@@ -115,12 +116,12 @@ fn a_node_port_is_on_every_address_of_the_node_and_on_no_pods_loopback() {
     let mut services = Services::of(&datapath);
     services.put(1, node_port("0.0.0.0"), TCP, SCOPE_INSIDE, 0, &[backend.local_addr().unwrap()]);
     backend.set_nonblocking(true).unwrap();
-    let reached = || {
+    let reached = |at: SocketAddr| {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match backend.accept() {
                 Ok((_, from)) => return from.ip(),
-                Err(e) => assert!(e.kind() == ErrorKind::WouldBlock && Instant::now() < deadline, "nobody came: {e}"),
+                Err(e) => assert!(e.kind() == ErrorKind::WouldBlock && Instant::now() < deadline, "{at}: nobody came: {e}"),
             }
             std::thread::yield_now();
         }
@@ -128,13 +129,13 @@ fn a_node_port_is_on_every_address_of_the_node_and_on_no_pods_loopback() {
     for at in own {
         let client = TcpStream::connect_timeout(&at, PATIENCE).unwrap();
         assert_eq!(client.peer_addr().unwrap(), at);
-        reached();
+        reached(at);
     }
     for at in &own[..2] {
         for per_packet in [false, true] {
             pod.attach(&mut datapath, |way| way.per_packet = per_packet);
             pod.netns.run(|| TcpStream::connect_timeout(at, PATIENCE).unwrap());
-            assert_eq!(reached(), IpAddr::from(pod.v4));
+            assert_eq!(reached(*at), IpAddr::from(pod.v4), "{at} {per_packet}");
         }
     }
     pod.attach(&mut datapath, |_| {});
