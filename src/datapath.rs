@@ -178,6 +178,7 @@ impl Datapath {
             pins::remove(&version).map_err(at)?;
         }
         datapath.drop_orphans()?;
+        datapath.renew_links()?;
         Ok((datapath, adoption))
     }
 

@@ -310,6 +310,37 @@ fn a_process_of_the_node_is_a_backend_too() {
 }
 
 #[test]
+fn a_pod_with_an_eni_of_its_own_answers_over_its_link_to_the_node() {
+    let Some(mut edge) = Edge::new("a_pod_with_an_eni_of_its_own_answers_over_its_link_to_the_node") else { return };
+    edge.exclusive();
+    // Not by the VPC: there is no way.
+    edge.router.run(|| ip("link set elsewhere down"));
+    let program = || {
+        let shown =
+            std::process::Command::new("tc").args(["filter", "show", "dev", "xl0", "ingress"]).output().unwrap();
+        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+        let id = shown.split_once(" id ").and_then(|(_, rest)| rest.split_whitespace().next()).map(str::to_owned);
+        id.unwrap_or_else(|| panic!("no filter: {shown}"))
+    };
+    let mut set = 0;
+    for flags in [0, FRONTEND_LOCAL] {
+        for (asked, frontend) in addresses() {
+            set += 1;
+            let server = edge.udp_server(At::Elsewhere, asked.ip());
+            edge.services.put(set, frontend, UDP, SCOPE_OUTSIDE, flags, &[server.local_addr().unwrap()]);
+            let seen = talk(&edge.asking(asked), &server, &[9; 9000]);
+            assert_eq!(seen.ip(), node(asked.ip()), "its own address would leave by its own ENI");
+        }
+    }
+    let before = program();
+    let (next, _) = edge.node.open();
+    drop(std::mem::replace(&mut edge.datapath, next));
+    assert_ne!(program(), before, "the next agent's");
+    let (asked, _) = addresses()[0];
+    talk(&edge.asking(asked), &edge.udp_server(At::Elsewhere, asked.ip()), b"after");
+}
+
+#[test]
 fn the_uplinks_programs_outlive_the_agent_are_replaced_and_removed() {
     let Some(mut edge) = Edge::new("the_uplinks_programs_outlive_the_agent_are_replaced_and_removed") else { return };
     let filters = |device: &str| {

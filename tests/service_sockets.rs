@@ -121,7 +121,9 @@ fn a_node_port_is_on_every_address_of_the_node_and_on_no_pods_loopback() {
         loop {
             match backend.accept() {
                 Ok((_, from)) => return from.ip(),
-                Err(e) => assert!(e.kind() == ErrorKind::WouldBlock && Instant::now() < deadline, "{at}: nobody came: {e}"),
+                Err(e) => {
+                    assert!(e.kind() == ErrorKind::WouldBlock && Instant::now() < deadline, "{at}: nobody came: {e}")
+                }
             }
             std::thread::yield_now();
         }

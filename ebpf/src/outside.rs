@@ -4,7 +4,7 @@
 //! The backend takes the node for the client, at a port that no other client of
 //! it has, unless the Service wants its clients known (externalTrafficPolicy
 //! Local) or the backend is a process of this node: then the client stays who it
-//! is. Either way the answer passes this node, which turns it back: at the pod's
+//! is; but not for a pod with an ENI of its own. Either way the answer passes this node, which turns it back: at the pod's
 //! door, or where a packet of another node arrives. It leaves by the node's own
 //! ENI with the address that the client knows, which no pod's ENI has.
 //!
@@ -17,7 +17,7 @@ use fairway_ebpf_abi::{
     AFFINITY_ADDRESS, Addr, AffinityKey, BACKEND_DRAINING, EVENT_CHOSEN, EVENT_MOVED, EVENT_NO_PORT,
     EVENT_NOT_ADMITTED, EVENT_REFUSED, EVENT_TABLE_FULL, EVENT_UNANSWERED, EVENT_UNWRITABLE, FLOW_ANSWER, FLOW_ENDED,
     FLOW_ENDED_BACKEND, FLOW_ENDED_CLIENT, FLOW_OUTSIDE, FRONTEND_LOCAL, FRONTEND_SILENT, Flow, Frontend, FrontendKey,
-    OUTSIDE_PORTS, SCOPE_OUTSIDE, TRANSLATED_ANSWERS,
+    OUTSIDE_PORTS, POD_AWAY, SCOPE_OUTSIDE, TRANSLATED_ANSWERS,
 };
 
 use crate::flow::{self, Ends, Held, NO_FLOW, Scratch};
@@ -246,7 +246,10 @@ fn admit(protocol: u8, frontend: &Frontend, scratch: &mut Scratch) -> u32 {
         return if frontend.flags & FRONTEND_SILENT != 0 { EVENT_UNANSWERED } else { EVENT_REFUSED };
     };
     let of_node = short::is_node(&backend.addr);
-    let keeps = of_node || frontend.flags & FRONTEND_LOCAL != 0;
+    // A pod with an ENI of its own would answer the client by that.
+    let keeps = of_node
+        || frontend.flags & FRONTEND_LOCAL != 0
+            && short::pod(&backend.addr).is_some_and(|pod| pod.flags & POD_AWAY == 0);
     scratch.client = match keeps {
         true => scratch.src,
         false => match node_address(&scratch.dst) {

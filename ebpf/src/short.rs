@@ -13,7 +13,7 @@ use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{
-    Addr, Endpoint, LINK_SHORT, Link, MAX_ENDPOINTS, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, POD_SHORT, Pod,
+    Addr, Endpoint, LINK_SHORT, Link, MAX_ENDPOINTS, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, POD_AWAY, POD_SHORT, Pod,
     TRANSLATED_ANSWERS, TRANSLATED_REQUESTS, Uplink,
 };
 
@@ -131,7 +131,9 @@ pub fn leave(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Option<i32> {
     if link.flags & LINK_SHORT == 0 || packet.hops <= 1 || packet.opens_tcp(ctx) || stays_here(packet) {
         return None;
     }
-    if let Some(pod) = pod(&packet.dst) {
+    if let Some(pod) = pod(&packet.dst)
+        && pod.flags & POD_AWAY == 0
+    {
         return hand_over(ctx, pod, packet);
     }
     if is_node(&packet.dst) {

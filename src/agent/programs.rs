@@ -42,6 +42,8 @@ impl Programs {
             gateway4: subnet.gateway4,
             gateway6: subnet.gateway6,
             eni: of.shared_eni,
+            host_link: Some(of.host_ifindex)
+                .filter(|i| *i != 0 && lease.mode == AttachMode::Exclusive && self.services),
             cookie: of.netns_cookie,
             per_packet: lease.traffic.per_packet,
             short: self.fast_path && of.shared_eni.is_some() && !lease.traffic.host_ports,
@@ -142,7 +144,8 @@ impl PodPrograms for Programs {
         let way = self.way(to);
         self.on_device(to, |datapath, device| {
             datapath.attach(&to.lease.attachment, to.lease.mode, device)?;
-            datapath.lead(&to.lease.attachment, &way)
+            datapath.lead(&to.lease.attachment, &way)?;
+            way.host_link.map_or(Ok(()), |link| datapath.attach_link(link))
         })?;
         Ok(Placed::Yes)
     }

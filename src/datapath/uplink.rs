@@ -107,6 +107,34 @@ impl Datapath {
         clsact::attach(&ingress, ifindex).map_err(|cause| DatapathError::Eni { ifindex, cause })
     }
 
+    /// A pod with an ENI of its own answers clients from outside over its link to the
+    /// node. The filter goes with the link.
+    pub fn attach_link(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        let ingress = [(self.shared.classifier(NODE_INGRESS)?, TcxChain::Ingress)];
+        clsact::attach(&ingress, ifindex).map_err(|cause| DatapathError::Eni { ifindex, cause })
+    }
+
+    /// The links to the node that carry an earlier process's program get this one's.
+    pub(super) fn renew_links(&mut self) -> Result<(), DatapathError> {
+        let fail = |cause| DatapathError::Eni { ifindex: 0, cause };
+        let ours = crate::sys::bpf::program_id(self.shared.classifier(NODE_INGRESS)?).map_err(fail)?;
+        let all = aya::programs::loaded_programs().filter_map(Result::ok);
+        let earlier: BTreeSet<u32> =
+            all.filter(|p| p.name_as_str() == Some(NODE_INGRESS)).map(|p| p.id()).filter(|id| *id != ours).collect();
+        if earlier.is_empty() {
+            return Ok(());
+        }
+        let uplink = self.enis.current()?.ifindex;
+        for device in &nix::net::if_::if_nameindex().map_err(|e| fail(e.into()))? {
+            let index = device.index();
+            let is = clsact::program_on(index, TcxChain::Ingress).ok().flatten();
+            if index != uplink && is.is_some_and(|id| earlier.contains(&id)) {
+                self.attach_link(index)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The ENI is no longer shared. Success when there is no such device.
     pub fn detach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         self.enis.shared.remove(&ifindex);

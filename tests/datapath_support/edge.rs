@@ -4,7 +4,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use fairway::datapath::{Datapath, Uplink};
+use fairway::datapath::{Datapath, Uplink, Way};
+use fairway::model::AttachMode;
 use fairway_ebpf_abi::{BACKEND_LOCAL, Backend, FLOW_ANSWER, FLOW_OUTSIDE, Flow, FlowKey};
 
 use super::{Netns, Node, Services, TestPod, ip, sysctl};
@@ -101,6 +102,48 @@ impl Edge {
         datapath.set_uplink(Some(uplink())).unwrap();
         let services = Services::of(&datapath);
         Some(Self { datapath, services, router, client, pod, elsewhere, node })
+    }
+
+    /// Makes the pod elsewhere one of this node, with an ENI of its own and a link to
+    /// the node, as the wirer does.
+    pub fn exclusive(&mut self) {
+        ip(&format!(
+            "link add xl0 address 02:00:00:00:03:01 type veth peer name node0 address 02:00:00:00:03:02 netns {}",
+            self.elsewhere.path()
+        ));
+        ip("link set xl0 up");
+        self.elsewhere.run(|| {
+            ip("link set node0 up");
+            for (gateway, own, to) in [
+                ("169.254.1.1", "10.9.1.2", NODE4.to_string()),
+                ("169.254.1.1", "10.9.1.2", SECOND4.to_string()),
+                ("fe80::1", "fd09:1::2", NODE6.to_string()),
+            ] {
+                ip(&format!("neigh replace {gateway} lladdr 02:00:00:00:03:01 dev node0 nud permanent"));
+                let family = if gateway.contains(':') { "-6 " } else { "" };
+                ip(&format!("{family}route add {to} via {gateway} dev node0 onlink src {own}"));
+            }
+        });
+        for (family, own) in [("", "10.9.1.2"), ("-6 ", "fd09:1::2")] {
+            ip(&format!("{family}route add {own} dev xl0"));
+            ip(&format!("neigh replace {own} lladdr 02:00:00:00:03:02 dev xl0 nud permanent"));
+        }
+        let id = super::attachment("own");
+        self.datapath.attach(&id, AttachMode::Exclusive, self.elsewhere.device("eth0")).unwrap();
+        let way = Way {
+            v4: Ipv4Addr::new(10, 9, 1, 2),
+            v6: Some(Ipv6Addr::new(0xfd09, 1, 0, 0, 0, 0, 0, 2)),
+            gateway4: Ipv4Addr::new(10, 9, 1, 254),
+            gateway6: None,
+            eni: None,
+            host_link: Some(index("xl0")),
+            cookie: Some(self.elsewhere.cookie()),
+            per_packet: false,
+            short: false,
+            limited: false,
+        };
+        self.datapath.lead(&id, &way).unwrap();
+        self.datapath.attach_link(index("xl0")).unwrap();
     }
 
     /// The namespace and the address of a backend.

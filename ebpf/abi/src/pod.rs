@@ -119,6 +119,10 @@ pub struct Pod {
 /// that limits what it receives.
 pub const POD_SHORT: u32 = 1;
 
+/// It has an ENI of its own: other pods reach it through the VPC, and the node
+/// alone by this link, so that it answers there.
+pub const POD_AWAY: u32 = 1 << 1;
+
 const _: () = {
     assert!(size_of::<Endpoint>() == 4);
     assert!(size_of::<Counters>() == 7 * 8 && align_of::<Counters>() == 8);
