@@ -62,6 +62,8 @@ pub struct Scratch {
     pub hash: u32,
     /// What the packet is to become.
     pub wanted: Ends,
+    part: FragmentKey,
+    becomes: Fragment,
 }
 
 /// Both ends of a packet, ports in network byte order.
@@ -171,6 +173,15 @@ pub fn remove(key: &FlowKey) {
 }
 
 impl Scratch {
+    /// The first fragment, between `self.src` and `self.dst`, has become `packet`: the
+    /// later ones are to follow it.
+    #[inline(always)]
+    pub fn remember_fragment(&mut self, packet: &Packet, kind: u8) {
+        self.part = fragment_key(self.src, self.dst, packet, kind);
+        self.becomes = Fragment { src: packet.src, dst: packet.dst };
+        let _ = FRAGMENTS.insert(&self.part, &self.becomes, 0);
+    }
+
     /// Answers come from `backend`, a backend, to `self.client`.
     #[inline(always)]
     pub fn set_reverse(&mut self, backend: &Addr, port: u16) {
@@ -232,13 +243,6 @@ pub enum Made {
 #[inline(always)]
 fn fragment_key(src: Addr, dst: Addr, packet: &Packet, kind: u8) -> FragmentKey {
     FragmentKey { src, dst, id: packet.fragment_id, protocol: u16::from(packet.protocol), kind: u16::from(kind) }
-}
-
-/// The first fragment has become `packet`: the later ones are to follow it.
-#[inline(always)]
-pub fn remember_fragment(src: Addr, dst: Addr, packet: &Packet, kind: u8) {
-    let to = Fragment { src: packet.src, dst: packet.dst };
-    let _ = FRAGMENTS.insert(&fragment_key(src, dst, packet, kind), &to, 0);
 }
 
 #[inline(always)]

@@ -12,6 +12,7 @@ mod account;
 mod errors;
 mod event;
 mod flow;
+mod masquerade;
 mod outside;
 mod packet;
 mod refuse;

@@ -98,12 +98,12 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
         return Outcome::Ends(account::drop());
     }
     if packet.first_fragment {
-        flow::remember_fragment(scratch.src, scratch.dst, packet, FORWARD);
+        scratch.remember_fragment(packet, FORWARD);
     }
     if link.translated & TRANSLATED_REQUESTS == 0 {
         short::mark_translated(account::endpoint(ctx), link, TRANSLATED_REQUESTS);
     }
-    if *client != scratch.src { Outcome::Ends(refuse::to_sender(ctx)) } else { Outcome::On }
+    if scratch.client != scratch.src { Outcome::Ends(refuse::to_sender(ctx)) } else { Outcome::On }
 }
 
 /// Who the backend sees: the pod, or somebody else when the pod talks to itself.
@@ -207,7 +207,7 @@ fn answered(ctx: &TcContext, packet: &mut Packet) -> bool {
     let written = packet.set_address(ctx, End::Source, &flow.addr).is_some()
         && packet.set_port(ctx, End::Source, ports.source, flow.port).is_some();
     if written && packet.first_fragment {
-        flow::remember_fragment(scratch.src, scratch.dst, packet, REVERSE);
+        scratch.remember_fragment(packet, REVERSE);
     }
     written
 }
