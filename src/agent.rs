@@ -208,7 +208,8 @@ fn open_datapath(bpffs: &std::path::Path, config: &Config) -> Result<Arc<Program
         sockets = datapath.socket_doors().len(),
         "eBPF programs loaded"
     );
-    Ok(Arc::new(Programs::new(datapath, config.fast_path.unwrap_or(config.services.enabled))))
+    let programs = Programs::new(datapath, config.fast_path.unwrap_or(config.services.enabled));
+    Ok(Arc::new(if config.services.enabled { programs } else { programs.without_services() }))
 }
 
 fn cloud_ports(cloud: &Handle<CloudApi>) -> pool::CloudPorts {

@@ -16,8 +16,10 @@ mod entry;
 mod hook;
 pub(crate) mod pins;
 mod programs;
+pub mod samples;
 pub mod services;
 mod sockets;
+mod uplink;
 mod ways;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,10 +39,11 @@ use self::hook::{Direction, Place, chain, has_tcx};
 use self::pins::{PinName, Pins, pin_of};
 use self::programs::{CounterMap, EventMap, Loader, Programs};
 pub use self::sockets::cgroup_root;
+pub use self::uplink::Uplink;
 pub use self::ways::Way;
 use self::ways::Ways;
 use crate::model::{AttachMode, AttachmentId};
-use crate::sys::bpf::{self, TcxChain};
+use crate::sys::bpf;
 
 /// The node's eBPF programs and maps.
 pub struct Datapath {
@@ -54,6 +57,7 @@ pub struct Datapath {
     /// Adopted, and still running what an earlier process loaded: a clsact device
     /// inside a pod is out of reach until the next `attach`.
     dated: BTreeSet<AttachmentId>,
+    enis: uplink::Enis,
     loader: Loader,
     options: Options,
 }
@@ -156,9 +160,10 @@ impl Datapath {
         let counters = shared.take_counters()?;
         let ways = Ways::open(&mut shared)?;
         let events = shared.take_events()?;
+        let enis = uplink::Enis::open(&mut shared)?;
         let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact } };
         let (known, dated) = (BTreeMap::new(), BTreeSet::new());
-        let mut datapath = Self { pins, shared, counters, ways, events, known, dated, loader, options };
+        let mut datapath = Self { pins, shared, counters, ways, events, known, dated, enis, loader, options };
         let mut adoption = Adoption { rotated, ..Default::default() };
         for dir in datapath.pins.pods().map_err(at)? {
             match datapath.adopt(&dir) {
@@ -173,6 +178,7 @@ impl Datapath {
             pins::remove(&version).map_err(at)?;
         }
         datapath.drop_orphans()?;
+        datapath.renew_links()?;
         Ok((datapath, adoption))
     }
 
@@ -285,6 +291,11 @@ impl Datapath {
         Ok(counts)
     }
 
+    /// Some of those that were drops or refusals, in full, for their one reader.
+    pub fn samples(&self) -> Result<samples::Samples, DatapathError> {
+        samples::Samples::open(&self.pins)
+    }
+
     /// The maps behind Services, for their owner.
     pub fn service_maps(&self) -> Result<services::KernelMaps, DatapathError> {
         services::KernelMaps::open(&self.pins)
@@ -293,19 +304,6 @@ impl Datapath {
     /// The programs of the socket path that are in force, read from the kernel.
     pub fn socket_doors(&self) -> Vec<&'static str> {
         sockets::attached(&self.pins)
-    }
-
-    /// The program for what arrives on a shared ENI. Done again it puts this
-    /// build's program in. The filter belongs to the device and goes with it.
-    pub fn attach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        let program = self.shared.eni_ingress()?.fd().map_err(|e| refusal("a loaded program", &e))?;
-        let ingress = [(program.as_fd(), TcxChain::Ingress)];
-        clsact::attach(&ingress, ifindex).map_err(|cause| DatapathError::Eni { ifindex, cause })
-    }
-
-    /// The ENI is no longer shared. Success when there is no such device.
-    pub fn detach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        clsact::detach(ifindex, TcxChain::Ingress).map_err(|cause| DatapathError::Eni { ifindex, cause })
     }
 
     /// Detaches what `live` does not want; what was detached comes back.

@@ -82,8 +82,15 @@ struct Ipv6 {
 /// The part of a header of type `T` at `offset`, if the packet is that long.
 #[inline(always)]
 pub fn at<T>(ctx: &TcContext, offset: usize) -> Option<&T> {
-    let start = ctx.data() + offset;
-    if start + size_of::<T>() > ctx.data_end() {
+    // Read anew each time: kept across a call the compiler takes it for the 32 bits
+    // that it is declared as, and the verifier loses sight of it.
+    // SAFETY: the context is the kernel's and valid while the program runs.
+    let (start, end) = unsafe {
+        let skb = ctx.skb.skb;
+        (core::ptr::read_volatile(&raw const (*skb).data), core::ptr::read_volatile(&raw const (*skb).data_end))
+    };
+    let start = start as usize + offset;
+    if start + size_of::<T>() > end as usize {
         return None;
     }
     // SAFETY: the bytes are the packet's (just checked); `T` is one of this
@@ -180,6 +187,28 @@ impl Packet {
         match at::<Ports>(ctx, self.transport) {
             Some(ports) => *ports,
             None => Ports::NONE,
+        }
+    }
+
+    /// Of TCP; none when they are not here.
+    #[inline(always)]
+    pub fn tcp_flags(&self, ctx: &TcContext) -> u8 {
+        if self.protocol != TCP || self.later_fragment {
+            return 0;
+        }
+        match at::<[u8; 14]>(ctx, self.transport) {
+            Some(header) => header[13],
+            None => 0,
+        }
+    }
+
+    /// Or to nobody.
+    #[inline(always)]
+    pub fn to_loopback(&self) -> bool {
+        let words = self.dst.words;
+        match self.v4 {
+            true => matches!(u32::from_be(words[3]) >> 24, 0 | 127),
+            false => words[..3] == [0; 3] && u32::from_be(words[3]) <= 1,
         }
     }
 

@@ -6,15 +6,17 @@
 //! addresses and ports are in network byte order, everything else in the host's.
 #![no_std]
 
+mod event;
 mod pod;
 mod service;
 
+pub use event::*;
 pub use pod::*;
 pub use service::*;
 
 /// Version of the map layouts; part of the pin directory's name. Raise it when
 /// a key, a value or a map's meaning changes.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// An IPv6 address, or an IPv4 one in its v4-mapped form.
 #[repr(C)]
