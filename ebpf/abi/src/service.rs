@@ -243,6 +243,10 @@ pub const FLOW_FORWARD: u8 = 0;
 /// one that was lost.
 pub const FLOW_REVERSE: u8 = 1;
 
+/// In [`Flow::flags`]: a FIN or RST of the connection has passed. Of either
+/// entry: the flow is kept for no longer than it takes to end.
+pub const FLOW_CLOSING: u16 = 1;
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
@@ -252,7 +256,7 @@ pub struct Flow {
     pub addr: Addr,
     /// Network byte order.
     pub port: u16,
-    /// `FLOW_FLAG_*`.
+    /// `FLOW_CLOSING`.
     pub flags: u16,
     pub backend: u32,
 }
