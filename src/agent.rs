@@ -121,7 +121,8 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
             pods: facts.pods.clone(),
             leader: facts.leader.clone(),
             record_event: cluster.port(),
-            maps: service_maps(programs),
+            maps: service_maps(programs.clone()),
+            flows: Some(flow_tables(programs)),
             snapshots: service_sender,
         };
         tree.child(move || ServiceMap::open(deps.clone()))
@@ -288,6 +289,11 @@ fn service_maps(programs: Arc<Programs>) -> service::OpenMaps {
     Arc::new(move || Ok(Box::new(programs.service_maps()?)))
 }
 
+/// What those programs fill themselves.
+fn flow_tables(programs: Arc<Programs>) -> service::OpenFlows {
+    Arc::new(move || Ok(Box::new(programs.flow_tables()?)))
+}
+
 fn service_views(views: &mut Views, services: &Handle<ServiceMap>, figures: &watch::Receiver<Arc<ServiceSnapshot>>) {
     views.queries.insert("services", query(services, || service::ServiceStatus {}));
     let port = services.port::<service::Explain>();
@@ -300,7 +306,7 @@ fn service_views(views: &mut Views, services: &Handle<ServiceMap>, figures: &wat
     });
     views.queries.insert("trace", trace);
     let figures = figures.clone();
-    views.metrics.push(Arc::new(move |registry| service::status::collect(&figures.borrow(), registry)));
+    views.metrics.push(Arc::new(move |registry| service::figures::collect(&figures.borrow(), registry)));
 }
 
 /// A view that asks an actor.

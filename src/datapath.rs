@@ -13,6 +13,7 @@
 
 mod clsact;
 mod entry;
+pub mod flows;
 mod hook;
 pub(crate) mod pins;
 mod programs;
@@ -288,6 +289,11 @@ impl Datapath {
     /// The maps behind Services, for their owner.
     pub fn service_maps(&self) -> Result<services::KernelMaps, DatapathError> {
         services::KernelMaps::open(&self.pins)
+    }
+
+    /// What the programs fill themselves, for whoever keeps it in order.
+    pub fn flow_tables(&self) -> Result<flows::KernelFlows, DatapathError> {
+        flows::KernelFlows::open(&self.pins)
     }
 
     /// The programs of the socket path that are in force, read from the kernel.

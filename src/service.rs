@@ -14,9 +14,12 @@
 //! - data: [`model`], [`convert`] (from the API), [`index`], [`maps`]
 //! - deciding: [`choose`], [`compile`], [`claims`], [`ids`], [`place`], [`diff`],
 //!   [`adopt`], [`book`], [`explain`]
-//! - doing: [`sync`], `desk`, [`health`]; told: [`problem`], [`status`]
+//! - doing: [`sync`], `desk`, [`health`]; told: [`problem`], [`status`], [`figures`]
+//! - beside Services: [`tend`] collects flows that have ended and ends sockets
+//!   whose backend is gone, by [`ages`]; [`pressure`] tells which maps fill up
 
 pub mod adopt;
+pub mod ages;
 pub mod book;
 pub mod choose;
 pub mod claims;
@@ -25,15 +28,19 @@ pub mod convert;
 mod desk;
 pub mod diff;
 pub mod explain;
+pub mod figures;
 pub mod health;
 pub mod ids;
 pub mod index;
 pub mod maps;
 pub mod model;
 pub mod place;
+pub mod pressure;
 pub mod problem;
 pub mod status;
 pub mod sync;
+pub mod tend;
+mod tending;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -54,8 +61,11 @@ use health::{Answer, HealthPorts};
 use index::Index;
 use maps::ServiceMaps;
 use model::{NodeFacts, Protocol};
+use pressure::Pressure;
 use problem::{Problem, Reason};
 use status::ServiceSnapshot;
+use tend::FlowTables;
+use tending::Tending;
 
 /// Services that had to go without, and ports that could not be bound, are tried
 /// again this often.
@@ -148,6 +158,9 @@ impl Message for ServiceStatus {
 /// Opens the maps, on the worker's thread, for each embodiment anew.
 pub type OpenMaps = Arc<dyn Fn() -> Result<Box<dyn ServiceMaps>, String> + Send + Sync>;
 
+/// Opens what the programs fill, on the thread of another worker.
+pub type OpenFlows = Arc<dyn Fn() -> Result<Box<dyn FlowTables>, String> + Send + Sync>;
+
 /// Everything the actor is built from, afresh after each failure.
 #[derive(Clone)]
 pub struct Deps {
@@ -159,6 +172,8 @@ pub struct Deps {
     pub leader: watch::Receiver<bool>,
     pub record_event: Port<RecordEvent>,
     pub maps: OpenMaps,
+    /// None where no programs run.
+    pub flows: Option<OpenFlows>,
     /// For metrics; the newest counts.
     pub snapshots: watch::Sender<Arc<ServiceSnapshot>>,
 }
@@ -166,6 +181,10 @@ pub struct Deps {
 pub struct ServiceMap {
     deps: Deps,
     worker: Worker<Desk>,
+    tending: Option<Tending>,
+    /// A turn of it is in work.
+    tends: bool,
+    pressure: Pressure,
     node: Arc<NodeFacts>,
     health: HealthPorts,
     told: BTreeSet<Problem>,
@@ -186,10 +205,14 @@ impl ServiceMap {
             Desk::open(maps, index).map_err(|e| e.to_string())
         });
         let worker = worker.await.map_err(StartError::new)?;
+        let tending = tending::start(deps.flows.clone()).await?;
         Ok(Self {
             node: Arc::new(NodeFacts { name: deps.node_name.as_str().into(), ..NodeFacts::default() }),
             deps,
             worker,
+            tending,
+            tends: false,
+            pressure: Pressure::default(),
             health: HealthPorts::default(),
             told: BTreeSet::new(),
             snapshot: ServiceSnapshot::default(),
@@ -259,6 +282,12 @@ impl ServiceMap {
         s.count_sync(synced.done, synced.took);
         s.set_problems(&problems);
         self.tell(problems, ctx);
+        self.read_pressure(ctx);
+        self.publish();
+        self.backends_gone(synced.gone, ctx);
+    }
+
+    fn publish(&self) {
         self.deps.snapshots.send_replace(Arc::new(self.snapshot.clone()));
     }
 
@@ -369,6 +398,7 @@ impl Actor for ServiceMap {
                 actor.tell_as_leader(ctx);
             }
         });
+        self.tend_regularly(ctx);
         ctx.every(RETRY, |actor, ctx| {
             if actor.snapshot.retry {
                 actor.turn(true, ctx);

@@ -10,6 +10,7 @@ use std::os::fd::AsFd as _;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use crate::datapath::flows::KernelFlows;
 use crate::datapath::services::KernelMaps;
 use crate::datapath::{Datapath, DatapathError, Device, Way};
 use crate::model::{AttachMode, AttachmentId, Lease};
@@ -106,6 +107,11 @@ impl Programs {
     /// The maps of Services, with descriptors of their own.
     pub fn service_maps(&self) -> Result<KernelMaps, String> {
         self.datapath.lock().service_maps().map_err(|e| e.to_string())
+    }
+
+    /// What the programs fill, with descriptors of its own.
+    pub fn flow_tables(&self) -> Result<KernelFlows, String> {
+        self.datapath.lock().flow_tables().map_err(|e| e.to_string())
     }
 
     fn on_device<R>(

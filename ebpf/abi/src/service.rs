@@ -206,7 +206,7 @@ pub struct SocketKey {
 
 /// One direction of a translated flow, as its packets look before translation.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FlowKey {
     pub src: Addr,
     pub dst: Addr,

@@ -343,3 +343,18 @@ fn walk_keys(map: BorrowedFd<'_>, key_size: usize) -> io::Result<usize> {
         std::mem::swap(&mut key, &mut next);
     }
 }
+
+/// The sum over all CPUs of a number in a per-CPU array.
+pub fn sum_per_cpu(map: BorrowedFd<'_>, index: u32, cpus: usize) -> io::Result<u64> {
+    let mut values = vec![0u64; cpus];
+    let mut attr = ElemAttr {
+        map_fd: raw(map),
+        key: &raw const index as u64,
+        value: values.as_mut_ptr() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the key is readable; the value has room for one number of each
+    // possible CPU, which is what the kernel copies.
+    unsafe { bpf(MAP_LOOKUP_ELEM, &mut attr) }?;
+    Ok(values.iter().sum())
+}
