@@ -68,10 +68,9 @@ impl Figures {
         let family = to.encode_descriptor("service_map_writes", help, None, COUNTER)?;
         ConstCounter::new(s.written).encode(family)?;
         let help = "From a look at what has changed to the last entry written";
-        let mut family =
+        let mut metric =
             to.encode_descriptor("service_sync_duration", help, Some(&Unit::Seconds), MetricType::Histogram)?;
         let buckets: Vec<(f64, u64)> = s.took.buckets().collect();
-        let mut metric = family.encode_family::<[(&str, &str); 0]>(&[])?;
         metric.encode_histogram::<[(&str, &str); 0]>(s.took.sum_us as f64 / 1e6, s.syncs, &buckets, None)
     }
 
@@ -116,7 +115,7 @@ fn name(map: &str) -> String {
 impl Took {
     /// Upper bound in seconds, and how many fell in.
     fn buckets(&self) -> impl Iterator<Item = (f64, u64)> {
-        let bounds = Self::BOUNDS_US.iter().map(|us| *us as f64 / 1e6).chain([f64::MAX]);
+        let bounds = Self::BOUNDS_US.iter().map(|us| *us as f64 / 1e6).chain([f64::INFINITY]);
         bounds.zip(self.counts)
     }
 }

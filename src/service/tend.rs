@@ -164,7 +164,9 @@ impl Tender {
         let capacity = self.tables.capacity();
         let known = self.tended.uses.first().map_or(0, |flows| flows.entries);
         let room = Room { used: known.max(self.seen.entries), capacity, refused };
-        let (mut left, mut ended) = (room.turn(), false);
+        // The first look is a whole one: nothing is known before.
+        let turn = if self.tended.passes == 0 { capacity } else { room.turn() };
+        let (mut left, mut ended) = (turn, false);
         while left > 0 && !ended {
             let chunk = left.min(CHUNK);
             self.found.clear();
