@@ -17,6 +17,7 @@ pub mod flows;
 mod hook;
 pub(crate) mod pins;
 mod programs;
+pub mod samples;
 pub mod services;
 mod sockets;
 mod ways;
@@ -284,6 +285,11 @@ impl Datapath {
             *count = per_cpu.iter().sum();
         }
         Ok(counts)
+    }
+
+    /// Some of those that were drops or refusals, in full, for their one reader.
+    pub fn samples(&self) -> Result<samples::Samples, DatapathError> {
+        samples::Samples::open(&self.pins)
     }
 
     /// The maps behind Services, for their owner.

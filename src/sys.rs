@@ -16,5 +16,7 @@ pub mod memory;
 /// Network namespaces: open with validation, identity, enter and come back.
 pub mod netns;
 // `entry`, its start, and `patience`, waiting with a deadline, are the shim's.
+/// Descriptors that an async runtime waits for.
+pub mod readiness;
 /// Kernel settings below /proc/sys, written only when they differ.
 pub mod sysctl;

@@ -6,6 +6,7 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{Addr, EVENT_ERROR_TRANSLATED, EVENT_UNWRITABLE, FlowKey};
 
+use crate::event;
 use crate::flow::{self, FORWARD, REVERSE};
 use crate::packet::{ICMP, Packet, SCTP, TCP, UDP};
 use crate::rewrite::{End, ICMP6};
@@ -102,7 +103,31 @@ impl Quoted {
 /// To a pod, about what it sent to a Service: it knows the Service alone.
 #[inline(always)]
 pub fn entering(ctx: &TcContext) {
-    error_entering(ctx.skb.skb);
+    note(ctx, error_entering(ctx.skb.skb));
+}
+
+/// What became of an error, as the global functions say it: 0 when it was about
+/// no flow that is known, else whether it was translated.
+const TRANSLATED: i32 = 1;
+const UNWRITABLE: i32 = 2;
+
+#[inline(always)]
+fn said(written: Option<bool>) -> i32 {
+    match written {
+        None => 0,
+        Some(true) => TRANSLATED,
+        Some(false) => UNWRITABLE,
+    }
+}
+
+/// Told from the outermost function: all that call each other share 512 bytes.
+#[inline(always)]
+fn note(ctx: &TcContext, outcome: i32) {
+    match outcome {
+        TRANSLATED => event::count(EVENT_ERROR_TRANSLATED),
+        UNWRITABLE => event::tell(ctx, EVENT_UNWRITABLE),
+        _ => {}
+    }
 }
 
 /// A global function, which the verifier walks once: errors are rare enough to be
@@ -111,31 +136,31 @@ pub fn entering(ctx: &TcContext) {
 #[inline(never)]
 pub extern "C" fn error_entering(skb: *mut __sk_buff) -> i32 {
     let ctx = &TcContext::new(skb);
-    if let Some(packet) = &mut Packet::parse(ctx) {
-        translate_entering(ctx, packet);
-    }
-    0
+    let Some(packet) = &mut Packet::parse(ctx) else { return 0 };
+    said(translate_entering(ctx, packet))
 }
 
 #[inline(always)]
-fn translate_entering(ctx: &TcContext, packet: &mut Packet) {
-    let Some(quoted) = Quoted::of(ctx, packet) else { return };
-    let Some(scratch) = flow::scratch() else { return };
+fn translate_entering(ctx: &TcContext, packet: &mut Packet) -> Option<bool> {
+    let quoted = Quoted::of(ctx, packet)?;
+    let scratch = flow::scratch()?;
     scratch.reverse = quoted.answered(REVERSE);
     if !flow::find(&scratch.reverse, &mut scratch.found) {
-        return;
+        return None;
     }
     let flow = &scratch.found;
     let from_backend = packet.src == quoted.dst;
     let written = quoted.set(ctx, packet, End::Destination, &flow.addr, flow.port).is_some()
         && (!from_backend || packet.set_address(ctx, End::Source, &flow.addr).is_some());
-    flow::event(if written { EVENT_ERROR_TRANSLATED } else { EVENT_UNWRITABLE });
+    Some(written)
 }
 
 /// From a pod, about what a Service answered: the backend knows itself alone.
 #[inline(always)]
 pub fn leaving(ctx: &TcContext) -> bool {
-    error_leaving(ctx.skb.skb) != 0
+    let outcome = error_leaving(ctx.skb.skb);
+    note(ctx, outcome);
+    outcome != 0
 }
 
 /// As [`error_entering`].
@@ -144,11 +169,11 @@ pub fn leaving(ctx: &TcContext) -> bool {
 pub extern "C" fn error_leaving(skb: *mut __sk_buff) -> i32 {
     let ctx = &TcContext::new(skb);
     let Some(packet) = &mut Packet::parse(ctx) else { return 0 };
-    i32::from(translate_leaving(ctx, packet).is_some())
+    said(translate_leaving(ctx, packet))
 }
 
 #[inline(always)]
-fn translate_leaving(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+fn translate_leaving(ctx: &TcContext, packet: &mut Packet) -> Option<bool> {
     let quoted = Quoted::of(ctx, packet)?;
     let scratch = flow::scratch()?;
     scratch.forward = quoted.answered(FORWARD);
@@ -159,6 +184,5 @@ fn translate_leaving(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
     let to_service = packet.dst == quoted.src;
     let written = quoted.set(ctx, packet, End::Source, &flow.addr, flow.port).is_some()
         && (!to_service || packet.set_address(ctx, End::Destination, &flow.addr).is_some());
-    flow::event(if written { EVENT_ERROR_TRANSLATED } else { EVENT_UNWRITABLE });
-    Some(())
+    Some(written)
 }

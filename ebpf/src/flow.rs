@@ -10,8 +10,7 @@ use aya_ebpf::btf_maps::{HashMap, LruHashMap, PerCpuArray};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::btf_map;
 use fairway_ebpf_abi::{
-    Addr, EVENT_COUNT, FLOW_FORWARD, FLOW_REVERSE, Flow, FlowKey, Fragment, FragmentKey, FrontendKey, MAX_FLOWS,
-    MAX_FRAGMENTS,
+    Addr, FLOW_FORWARD, FLOW_REVERSE, Flow, FlowKey, Fragment, FragmentKey, FrontendKey, MAX_FLOWS, MAX_FRAGMENTS,
 };
 
 use crate::packet::{Packet, Ports};
@@ -21,17 +20,6 @@ static FLOWS: HashMap<FlowKey, Flow, { MAX_FLOWS as usize }> = HashMap::new();
 
 #[btf_map]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { MAX_FRAGMENTS as usize }> = LruHashMap::new();
-
-#[btf_map]
-static EVENTS: PerCpuArray<u64, { EVENT_COUNT as usize }> = PerCpuArray::new();
-
-#[inline(always)]
-pub fn event(which: u32) {
-    if let Some(count) = EVENTS.get_ptr_mut(which) {
-        // SAFETY: this CPU's own, written with bottom halves off.
-        unsafe { *count += 1 };
-    }
-}
 
 #[inline(always)]
 pub fn now() -> u64 {

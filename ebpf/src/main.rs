@@ -9,6 +9,7 @@
 
 mod account;
 mod errors;
+mod event;
 mod flow;
 mod packet;
 mod refuse;
@@ -22,6 +23,7 @@ mod translate;
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use fairway_ebpf_abi::EVENT_SPOOFED;
 
 use packet::Packet;
 use translate::Outcome;
@@ -38,6 +40,7 @@ pub fn pod_egress(ctx: TcContext) -> i32 {
     {
         if !short::is_own(link, &packet) {
             account::spoofed(&ctx, endpoint);
+            event::tell(&ctx, EVENT_SPOOFED);
             return account::drop();
         }
         if let Outcome::Ends(verdict) = translate::leaving(&ctx, link, &mut packet) {

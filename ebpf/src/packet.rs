@@ -82,8 +82,15 @@ struct Ipv6 {
 /// The part of a header of type `T` at `offset`, if the packet is that long.
 #[inline(always)]
 pub fn at<T>(ctx: &TcContext, offset: usize) -> Option<&T> {
-    let start = ctx.data() + offset;
-    if start + size_of::<T>() > ctx.data_end() {
+    // Read anew each time: kept across a call the compiler takes it for the 32 bits
+    // that it is declared as, and the verifier loses sight of it.
+    // SAFETY: the context is the kernel's and valid while the program runs.
+    let (start, end) = unsafe {
+        let skb = ctx.skb.skb;
+        (core::ptr::read_volatile(&raw const (*skb).data), core::ptr::read_volatile(&raw const (*skb).data_end))
+    };
+    let start = start as usize + offset;
+    if start + size_of::<T>() > end as usize {
         return None;
     }
     // SAFETY: the bytes are the packet's (just checked); `T` is one of this

@@ -10,7 +10,7 @@ use fairway_ebpf_abi::{Addr, EVENT_REFUSED};
 
 use crate::packet::{ETHERNET, ICMP, Packet, SCTP, TCP, UDP, at};
 use crate::rewrite::ICMP6;
-use crate::{account, flow, sctp};
+use crate::{account, event, sctp};
 
 const HOPS: u8 = 64;
 
@@ -29,6 +29,7 @@ pub fn to_sender(ctx: &TcContext) -> i32 {
 /// Refuses the packet: the verdict with which its answer goes out.
 #[inline(always)]
 pub fn sender(ctx: &TcContext) -> i32 {
+    event::tell(ctx, EVENT_REFUSED);
     refuse_sender(ctx.skb.skb)
 }
 
@@ -39,7 +40,6 @@ pub fn sender(ctx: &TcContext) -> i32 {
 pub extern "C" fn refuse_sender(skb: *mut __sk_buff) -> i32 {
     let ctx = &TcContext::new(skb);
     let Some(packet) = &Packet::parse(ctx) else { return account::drop() };
-    flow::event(EVENT_REFUSED);
     let made = match (packet.protocol, packet.v4) {
         (TCP, _) => reset(ctx, packet),
         (SCTP, _) => abort(ctx, packet),

@@ -8,14 +8,14 @@
 
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{
-    AFFINITY_ADDRESS, Addr, AffinityKey, EVENT_CHOSEN, EVENT_MOVED, EVENT_NOT_ADMITTED, EVENT_TABLE_FULL,
-    EVENT_UNWRITABLE, Frontend, FrontendKey, HAIRPIN4, HAIRPIN6, Link, SCOPE_INSIDE,
+    AFFINITY_ADDRESS, Addr, AffinityKey, EVENT_CHOSEN, EVENT_MOVED, EVENT_NOT_ADMITTED, EVENT_REFUSED,
+    EVENT_TABLE_FULL, EVENT_UNWRITABLE, Frontend, FrontendKey, HAIRPIN4, HAIRPIN6, Link, SCOPE_INSIDE,
 };
 
 use crate::flow::{self, FORWARD, Made, REVERSE, Scratch};
 use crate::packet::{ICMP, Packet, Ports, SCTP, TCP, UDP};
 use crate::rewrite::{End, ICMP6};
-use crate::{NEXT, account, errors, refuse, service, short};
+use crate::{NEXT, account, errors, event, refuse, service, short};
 
 /// What became of a packet.
 pub enum Outcome {
@@ -23,16 +23,6 @@ pub enum Outcome {
     On,
     /// It ends here, with this verdict.
     Ends(i32),
-}
-
-/// Whether a flow gets a backend.
-#[repr(u32)]
-enum Admitted {
-    Yes,
-    /// No, and nobody is to know.
-    Silently,
-    /// Nobody is there.
-    Refused,
 }
 
 /// How many backends are tried for a flow whose answers could not be told from
@@ -77,12 +67,15 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
             FrontendKey { addr: packet.dst, port: ports.destination, protocol: packet.protocol, scope: SCOPE_INSIDE };
         let Some(frontend) = service::frontend(&scratch.frontend) else { return answering(ctx, packet, ports) };
         if known {
-            flow::event(EVENT_MOVED);
+            event::count(EVENT_MOVED);
         }
         match admit(packet, frontend, scratch) {
-            Admitted::Yes => {}
-            Admitted::Silently => return Outcome::Ends(account::drop()),
-            Admitted::Refused => return Outcome::Ends(refuse::sender(ctx)),
+            EVENT_CHOSEN => event::count(EVENT_CHOSEN),
+            EVENT_REFUSED => return Outcome::Ends(refuse::sender(ctx)),
+            why => {
+                event::tell(ctx, why);
+                return Outcome::Ends(account::drop());
+            }
         }
     }
     // Where to, by now, is what answers will come from.
@@ -91,7 +84,7 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
         && packet.set_port(ctx, End::Destination, ports.destination, scratch.reverse.sport).is_some()
         && (client == packet.src || packet.set_address(ctx, End::Source, &client).is_some());
     if !written {
-        flow::event(EVENT_UNWRITABLE);
+        event::tell(ctx, EVENT_UNWRITABLE);
         return Outcome::Ends(account::drop());
     }
     if packet.first_fragment {
@@ -113,33 +106,29 @@ fn client_of(packet: &Packet, backend: &Addr) -> Addr {
     }
 }
 
-/// A backend for a new flow, as where its answers come from (`scratch.reverse`).
-/// A function of its own: the way it took is of no matter afterwards.
+/// A backend for a new flow, as where its answers come from (`scratch.reverse`):
+/// what has happened, `EVENT_CHOSEN` if there is one, `EVENT_REFUSED` if nobody is
+/// there. A function of its own: the way it took is of no matter afterwards.
 #[inline(never)]
-fn admit(packet: &Packet, frontend: &Frontend, scratch: &mut Scratch) -> Admitted {
+fn admit(packet: &Packet, frontend: &Frontend, scratch: &mut Scratch) -> u32 {
     if !service::admits(frontend, &packet.src) {
-        flow::event(EVENT_NOT_ADMITTED);
-        return Admitted::Silently;
+        return EVENT_NOT_ADMITTED;
     }
     let (s, d) = (packet.src.words, packet.dst.words);
     let ports = u32::from(scratch.forward.sport) << 16 | u32::from(scratch.forward.dport);
     let mut hash = service::mix(u32::from(packet.protocol), &[s[0], s[1], s[3], d[0], d[1], d[3], ports]);
     let client = AffinityKey { client: packet.src, set: 0, kind: AFFINITY_ADDRESS };
     for _ in 0..TRIES {
-        let Some(backend) = service::choose(frontend, hash, client) else { return Admitted::Refused };
+        let Some(backend) = service::choose(frontend, hash, client) else { return EVENT_REFUSED };
         scratch.client = client_of(packet, &backend.addr);
         scratch.set_reverse(&backend.addr, backend.port);
         match scratch.make(backend.id) {
-            Made::Done => {
-                flow::event(EVENT_CHOSEN);
-                return Admitted::Yes;
-            }
+            Made::Done => return EVENT_CHOSEN,
             Made::Collides => hash = hash.wrapping_add(1),
             Made::Full => break,
         }
     }
-    flow::event(EVENT_TABLE_FULL);
-    Admitted::Silently
+    EVENT_TABLE_FULL
 }
 
 /// The pod answers somebody whom the node has brought to it (a node port, a load
@@ -169,36 +158,40 @@ fn back_to_oneself(ctx: &TcContext, link: &Link, packet: &mut Packet, ports: Por
 #[inline(always)]
 pub fn entering(ctx: &TcContext, packet: &mut Packet, translated: bool) {
     match packet.protocol {
-        UDP | SCTP | TCP if translated => answered(ctx, packet),
+        UDP | SCTP | TCP if translated => {
+            if !answered(ctx, packet) {
+                event::tell(ctx, EVENT_UNWRITABLE);
+            }
+        }
         ICMP | ICMP6 => errors::entering(ctx),
         _ => {}
     }
 }
 
+/// Whether it is as it should be.
 #[inline(never)]
-fn answered(ctx: &TcContext, packet: &mut Packet) {
+fn answered(ctx: &TcContext, packet: &mut Packet) -> bool {
     if packet.later_fragment {
         let _ = follow_first(ctx, packet);
-        return;
+        return true;
     }
-    let Some(scratch) = flow::scratch() else { return };
+    let Some(scratch) = flow::scratch() else { return true };
     let ports = packet.ports(ctx);
     if ports == Ports::NONE {
-        return;
+        return true;
     }
     scratch.reverse = flow::key(packet, ports, REVERSE);
     if !flow::find(&scratch.reverse, &mut scratch.found) {
-        return;
+        return true;
     }
     (scratch.src, scratch.dst) = (packet.src, packet.dst);
     let flow = &scratch.found;
     let written = packet.set_address(ctx, End::Source, &flow.addr).is_some()
         && packet.set_port(ctx, End::Source, ports.source, flow.port).is_some();
-    if !written {
-        flow::event(EVENT_UNWRITABLE);
-    } else if packet.first_fragment {
+    if written && packet.first_fragment {
         flow::remember_fragment(scratch.src, scratch.dst, packet);
     }
+    written
 }
 
 /// A later fragment goes where the first one went.

@@ -17,7 +17,8 @@ use fairway_ebpf_abi::{
     EVENTS, Endpoint, FLOWS, FRAGMENTS, FRONTENDS, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, IN_POD,
     LINKS, Link, MAX_AFFINITIES, MAX_BACKENDS, MAX_ENDPOINTS, MAX_FLOWS, MAX_FRAGMENTS, MAX_FRONTENDS, MAX_NAMESPACES,
     MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, NAMESPACES, NODE, ORIGINALS, Original,
-    POD_EGRESS, POD_INGRESS, PODS, Pod, SLOTS, SOCKETS, SOURCE_RANGES, SlotKey, SocketKey, TrieKey,
+    PACES, POD_EGRESS, POD_INGRESS, PODS, Pace, Pod, SAMPLES, SAMPLES_SIZE, SLOTS, SOCKETS, SOURCE_RANGES, SlotKey,
+    SocketKey, TrieKey,
 };
 
 use super::hook::{Direction, Place, chain};
@@ -40,7 +41,7 @@ struct MapSpec {
 }
 
 /// Every pinned map.
-const MAPS: [MapSpec; 15] = [
+const MAPS: [MapSpec; 17] = [
     hash::<Endpoint, Counters>(COUNTERS, MAX_ENDPOINTS).of_type(MapType::PerCpuHash),
     hash::<Endpoint, Link>(LINKS, MAX_ENDPOINTS),
     hash::<Addr, Pod>(PODS, MAX_POD_ADDRESSES),
@@ -55,6 +56,8 @@ const MAPS: [MapSpec; 15] = [
     MapSpec { flags: 0, ..hash::<FlowKey, Flow>(FLOWS, MAX_FLOWS) },
     lru::<FragmentKey, Fragment>(FRAGMENTS, MAX_FRAGMENTS),
     MapSpec { flags: 0, ..hash::<u32, u64>(EVENTS, EVENT_COUNT).of_type(MapType::PerCpuArray) },
+    MapSpec { flags: 0, ..hash::<u32, Pace>(PACES, EVENT_COUNT).of_type(MapType::PerCpuArray) },
+    MapSpec { flags: 0, ..hash::<(), ()>(SAMPLES, SAMPLES_SIZE).of_type(MapType::RingBuf) },
     MapSpec { max_entries: 0, ..hash::<i32, Original>(ORIGINALS, 0).of_type(MapType::SkStorage) },
 ];
 

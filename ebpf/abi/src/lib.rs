@@ -6,9 +6,11 @@
 //! addresses and ports are in network byte order, everything else in the host's.
 #![no_std]
 
+mod event;
 mod pod;
 mod service;
 
+pub use event::*;
 pub use pod::*;
 pub use service::*;
 

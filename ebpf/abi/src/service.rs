@@ -43,24 +43,6 @@ pub const SOCKETS: &str = "SOCKETS";
 pub const FLOWS: &str = "FLOWS";
 /// [`Addr`] by [`FragmentKey`].
 pub const FRAGMENTS: &str = "FRAGMENTS";
-/// Counts of what the packet path did, by `EVENT_*`; one per CPU.
-pub const EVENTS: &str = "EVENTS";
-
-/// A new flow of the packet path was given a backend.
-pub const EVENT_CHOSEN: u32 = 0;
-/// A client was told that nobody is there.
-pub const EVENT_REFUSED: u32 = 1;
-/// Not in the frontend's source ranges.
-pub const EVENT_NOT_ADMITTED: u32 = 2;
-/// The flow table is full.
-pub const EVENT_TABLE_FULL: u32 = 3;
-/// A flow has left a backend that is gone.
-pub const EVENT_MOVED: u32 = 4;
-/// An ICMP error was translated.
-pub const EVENT_ERROR_TRANSLATED: u32 = 5;
-/// A packet could not be rewritten.
-pub const EVENT_UNWRITABLE: u32 = 6;
-pub const EVENT_COUNT: u32 = 7;
 
 /// The client that a pod sees when it talks to itself through a Service: a packet
 /// with its own source would be dropped by its stack.
