@@ -174,7 +174,7 @@ pub struct Original {
     pub backend: u32,
 }
 
-/// For unconnected UDP sockets: one may talk to many Services.
+/// For UDP sockets: an unconnected one may talk to many Services.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketKey {
