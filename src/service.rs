@@ -14,7 +14,7 @@
 //! - data: [`model`], [`convert`] (from the API), [`index`], [`maps`]
 //! - deciding: [`choose`], [`compile`], [`claims`], [`ids`], [`place`], [`diff`],
 //!   [`adopt`], [`book`], [`explain`]
-//! - doing: [`sync`], `desk`, [`health`]; told: [`problem`], [`status`], [`figures`]
+//! - doing: [`sync`], `desk`, [`health`]; told: [`problem`], [`status`], [`figures`], [`told`]
 //! - beside Services: [`tend`] collects flows that have ended and ends sockets
 //!   whose backend is gone, by [`ages`]; [`pressure`] tells which maps fill up
 
@@ -41,6 +41,7 @@ pub mod status;
 pub mod sync;
 pub mod tend;
 mod tending;
+pub mod told;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};

@@ -39,7 +39,8 @@ fn tender(datapath: &Datapath) -> Tender {
 
 /// Both entries of a flow, as old as `ages` say.
 fn flow(table: &mut Table, n: u32, protocol: u8, backend: u32, ages: [u64; 2], flags: u16) -> FlowKey {
-    let ago = |seconds: u64| monotonic_ns().checked_sub(seconds * SECOND).expect("a machine that has run for minutes");
+    let now = monotonic_ns();
+    let ago = |seconds: u64| now.checked_sub(seconds * SECOND).expect("a machine that has run for minutes");
     let client = Addr::from_octets4([10, (n >> 16) as u8, (n >> 8) as u8, n as u8]);
     let key = FlowKey {
         src: client,

@@ -15,7 +15,7 @@ use fairway::service::maps::{Gone, MemoryMaps};
 use fairway::service::status::ServiceSnapshot;
 use fairway::service::tend::{EndedSockets, FlowTables, Tender, Use};
 use fairway::service::{Deps, ServiceMap};
-use fairway_ebpf_abi::{Addr, EVENT_COUNT, EVENT_TABLE_FULL, FLOW_FORWARD, Flow, FlowKey};
+use fairway_ebpf_abi::{Addr, EVENT_COUNT, EVENT_TABLE_FULL, FLOW_FORWARD, Flow, FlowKey, Sample};
 use parking_lot::Mutex;
 
 const UDP: u8 = 17;
@@ -72,6 +72,9 @@ impl FlowTables for Fake {
         let mut counts = vec![0; EVENT_COUNT as usize];
         counts[EVENT_TABLE_FULL as usize] = self.0.lock().full;
         Ok(counts)
+    }
+    fn samples(&mut self, _: usize) -> Vec<Sample> {
+        Vec::new()
     }
     fn uses(&mut self) -> io::Result<Vec<Use>> {
         let other = self.0.lock().other;
@@ -142,7 +145,7 @@ fn a_turn_looks_at_a_part_of_the_table_unless_room_is_short() {
     }
     // Nothing is known of it before it was seen once.
     assert_eq!(tender.turn().passes, 1);
-    let mut read = || std::mem::take(&mut fake.0.lock().read);
+    let read = || std::mem::take(&mut fake.0.lock().read);
     assert_eq!(read(), 12_000);
     for _ in 0..3 {
         tender.turn();

@@ -5,32 +5,34 @@
 //! descriptors of its own, so that no look through a large table keeps the lock
 //! of `Datapath`.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use fairway_ebpf_abi::{
-    Addr, BACKENDS, Backend, EVENT_COUNT, EVENTS, FLOWS, Flow, FlowKey, MAX_FLOWS, ORIGINALS, Original,
+    Addr, BACKENDS, Backend, EVENT_COUNT, EVENTS, FLOWS, Flow, FlowKey, MAX_FLOWS, Original, SOCKETS, Sample, SocketKey,
 };
 
 use super::DatapathError;
 use super::pins::Pins;
 use super::programs::{self, Counted};
+use super::samples::Samples;
 use crate::service::maps::Gone;
 use crate::service::model::Protocol;
 use crate::service::tend::{EndedSockets, FlowTables, Use};
 use crate::sys::bpf::{self, Batch, Cursor};
 use crate::sys::clock::monotonic_ns;
-use crate::sys::diag::{Connected, Diag};
+use crate::sys::diag::Diag;
 
 /// What the programs fill, as it is pinned.
 pub struct KernelFlows {
     flows: OwnedFd,
     backends: OwnedFd,
     events: OwnedFd,
-    originals: OwnedFd,
+    sockets: OwnedFd,
     counted: Vec<(Counted, OwnedFd)>,
     cpus: usize,
+    samples: Samples,
     at: Cursor,
 }
 
@@ -46,11 +48,12 @@ impl KernelFlows {
             flows: open(FLOWS)?,
             backends: open(BACKENDS)?,
             events: open(EVENTS)?,
-            originals: open(ORIGINALS)?,
+            sockets: open(SOCKETS)?,
             counted: programs::counted(cpus)
                 .map(|counted| open(counted.name).map(|map| (counted, map)))
                 .collect::<Result<_, _>>()?,
             cpus,
+            samples: Samples::open(pins)?,
             at: Cursor::default(),
         })
     }
@@ -59,16 +62,24 @@ impl KernelFlows {
         Batch::of(self.flows.as_fd())
     }
 
-    fn end(&self, gone: &BTreeMap<u32, Addr>) -> io::Result<(u64, u64, Option<io::Error>)> {
+    fn end(
+        &self,
+        gone: &BTreeSet<u32>,
+        addresses: &BTreeSet<(Addr, u16)>,
+    ) -> io::Result<(u64, u64, Option<io::Error>)> {
         let mut diag = Diag::open()?;
-        let led = |socket: &Connected| {
-            let original = original(socket.stored.as_deref()?)?;
-            let backend = gone.get(&original.backend)?;
-            // One that has connected to somebody else since is none of ours.
-            (original.port != 0 && Addr::from_octets6(socket.peer()) == *backend).then_some(())
-        };
+        let sockets = Batch::<SocketKey, Original>::of(self.sockets.as_fd());
         let (mut ended, mut failed, mut why) = (0, 0, None);
-        for socket in diag.connected_udp(self.originals.as_fd())?.iter().filter(|s| led(s).is_some()) {
+        for socket in &diag.connected_udp()? {
+            let (addr, port) = (Addr::from_octets6(socket.peer()), socket.peer_port());
+            if !addresses.contains(&(addr, port)) {
+                continue;
+            }
+            // Who has connected to the address itself meant it.
+            let key = SocketKey { cookie: socket.cookie(), addr, port, _pad: [0; 3] };
+            if !sockets.get(&key)?.is_some_and(|original| gone.contains(&original.backend)) {
+                continue;
+            }
             match diag.destroy_udp(socket) {
                 Ok(()) => ended += 1,
                 // Closed meanwhile, or connected to somebody else.
@@ -78,15 +89,6 @@ impl KernelFlows {
         }
         Ok((ended, failed, why))
     }
-}
-
-/// A value of ORIGINALS as sock_diag copies it out.
-fn original(bytes: &[u8]) -> Option<Original> {
-    let words: &[u8; size_of::<Original>()] = bytes.try_into().ok()?;
-    let number = |at: usize| -> Option<u32> { Some(u32::from_ne_bytes(words.get(at..at + 4)?.try_into().ok()?)) };
-    let addr = Addr { words: [number(0)?, number(4)?, number(8)?, number(12)?] };
-    let port = u16::from_ne_bytes([words[16], words[17]]);
-    Some(Original { addr, port, _pad: 0, backend: number(20)? })
 }
 
 impl FlowTables for KernelFlows {
@@ -122,6 +124,10 @@ impl FlowTables for KernelFlows {
         (0..EVENT_COUNT).map(one).collect()
     }
 
+    fn samples(&mut self, most: usize) -> Vec<Sample> {
+        std::iter::from_fn(|| self.samples.take()).take(most).collect()
+    }
+
     fn uses(&mut self) -> io::Result<Vec<Use>> {
         let one = |(counted, map): &(Counted, OwnedFd)| {
             let entries = bpf::count(map.as_fd(), counted.key_size, counted.value_size)?;
@@ -132,11 +138,12 @@ impl FlowTables for KernelFlows {
 
     fn end_sockets(&mut self, gone: &[Gone]) -> EndedSockets {
         let datagrams = |g: &&Gone| matches!(g.protocol, Some(Protocol::Udp) | None);
-        let gone: BTreeMap<u32, Addr> = gone.iter().filter(datagrams).map(|g| (g.backend.id, g.backend.addr)).collect();
+        let gone: Vec<Backend> = gone.iter().filter(datagrams).map(|g| g.backend).collect();
         if gone.is_empty() {
             return EndedSockets::default();
         }
-        match self.end(&gone) {
+        let ids = gone.iter().map(|b| b.id).collect();
+        match self.end(&ids, &gone.iter().map(|b| (b.addr, b.port)).collect()) {
             Ok((ended, failed, why)) => EndedSockets { ended, failed, unable: why.map(|e| unable("end", &e)) },
             Err(e) => EndedSockets { ended: 0, failed: 0, unable: Some(unable("list", &e)) },
         }
@@ -147,7 +154,7 @@ fn unable(what: &str, e: &io::Error) -> String {
     let lacks = match e.raw_os_error() {
         Some(libc::ENOENT) => ": the kernel lacks CONFIG_INET_UDP_DIAG (module udp_diag)",
         Some(libc::EOPNOTSUPP) => ": the kernel lacks CONFIG_INET_DIAG_DESTROY",
-        Some(libc::EPERM) => ": the process needs CAP_NET_ADMIN and CAP_BPF",
+        Some(libc::EPERM) => ": the process needs CAP_NET_ADMIN",
         _ => "",
     };
     format!("cannot {what} UDP sockets{lacks} ({e})")

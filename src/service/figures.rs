@@ -98,6 +98,11 @@ impl Figures {
         for (event, count) in &t.events {
             ConstCounter::new(*count).encode(family.encode_family(&[("event", event.as_str())])?)?;
         }
+        let help = "Packets that were dropped or refused, by whether each was told of by itself";
+        let mut family = to.encode_descriptor("service_samples", help, None, COUNTER)?;
+        for (outcome, count) in [("told", t.told.read), ("untold", t.told.untold)] {
+            ConstCounter::new(count).encode(family.encode_family(&[("outcome", outcome)])?)?;
+        }
         let help = "Connected UDP sockets whose backend has gone, by what became of them";
         let mut family = to.encode_descriptor("service_sockets", help, None, COUNTER)?;
         for (outcome, count) in [("ended", t.sockets_ended), ("failed", t.sockets_not_ended)] {

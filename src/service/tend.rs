@@ -10,13 +10,14 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 
 use fairway_ebpf_abi::{
-    EVENT_CHOSEN, EVENT_ERROR_TRANSLATED, EVENT_MOVED, EVENT_NOT_ADMITTED, EVENT_REFUSED, EVENT_TABLE_FULL,
-    EVENT_UNWRITABLE, FLOW_FORWARD, Flow, FlowKey,
+    EVENT_CHOSEN, EVENT_ERROR_TRANSLATED, EVENT_MOVED, EVENT_NO_PORT, EVENT_NOT_ADMITTED, EVENT_REFUSED, EVENT_SPOOFED,
+    EVENT_TABLE_FULL, EVENT_UNANSWERED, EVENT_UNWRITABLE, FLOW_FORWARD, Flow, FlowKey, Sample,
 };
 use serde::{Deserialize, Serialize};
 
 use super::ages::{self, Room};
 use super::maps::Gone;
+use super::told::{self, Telling};
 
 /// Entries read and deleted by one call of the kernel.
 const CHUNK: usize = 2048;
@@ -37,6 +38,8 @@ pub trait FlowTables {
     fn capacity(&self) -> usize;
     /// Counts by `EVENT_*`, of all CPUs.
     fn events(&mut self) -> io::Result<Vec<u64>>;
+    /// Packets that were dropped or refused, oldest first; each is read once.
+    fn samples(&mut self, most: usize) -> Vec<Sample>;
     /// How full the other maps are.
     fn uses(&mut self) -> io::Result<Vec<Use>>;
     /// Ends the sockets that were led to these backends when they connected and
@@ -62,7 +65,7 @@ pub struct EndedSockets {
 }
 
 /// As [`Tended::events`] names them.
-const EVENT_NAMES: [(u32, &str); 7] = [
+const EVENT_NAMES: [(u32, &str); 10] = [
     (EVENT_CHOSEN, "backend_chosen"),
     (EVENT_REFUSED, "refused"),
     (EVENT_NOT_ADMITTED, "not_admitted"),
@@ -70,7 +73,15 @@ const EVENT_NAMES: [(u32, &str); 7] = [
     (EVENT_MOVED, "left_gone_backend"),
     (EVENT_ERROR_TRANSLATED, "icmp_error_translated"),
     (EVENT_UNWRITABLE, "unwritable"),
+    (EVENT_UNANSWERED, "no_backend_on_this_node"),
+    (EVENT_NO_PORT, "no_free_node_port"),
+    (EVENT_SPOOFED, "spoofed_source"),
 ];
+
+/// An event in one word.
+pub fn event_name(which: u32) -> &'static str {
+    EVENT_NAMES.iter().find(|(w, _)| *w == which).map_or("other", |(_, name)| name)
+}
 
 /// How things are after a turn.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +91,7 @@ pub struct Tended {
     /// Every map but those of `Counts`, flows first.
     pub uses: Vec<Use>,
     pub events: BTreeMap<String, u64>,
+    pub told: Telling,
     /// Flow entries collected: silent for too long, or their backend was gone.
     pub expired: u64,
     pub orphaned: u64,
@@ -130,6 +142,8 @@ impl Tender {
 
     /// Once a second.
     pub fn turn(&mut self) -> Tended {
+        let samples = self.tables.samples(told::READ);
+        self.tended.told.take(&samples, self.tables.now(), jiff::Timestamp::now());
         let done = self.count().and_then(|refused| self.collect(refused));
         self.tended.error = done.err().map(|e| e.to_string());
         self.turns += 1;

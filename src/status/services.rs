@@ -88,6 +88,16 @@ fn packets(t: &Tended) -> String {
     if let Some(why) = &t.sockets_unable {
         let _ = writeln!(out, "connected UDP sockets of the node stay with a backend that is gone: {why}");
     }
+    if !t.told.last.is_empty() {
+        let mut lines = vec![row(["DROPPED OR REFUSED", "AT", "PROTOCOL", "FROM", "TO", "MORE"])];
+        // Newest first.
+        lines.extend(t.told.last.iter().rev().take(20).map(|s| {
+            let words = s.what.replace('_', " ");
+            row([&words, &s.at, &s.protocol, &s.from, &s.to, &s.untold.to_string()])
+        }));
+        let _ = write!(out, "\n{}", columns(&lines));
+        let _ = writeln!(out, "{} told so far, {} more happened", t.told.read, t.told.untold);
+    }
     if let Some(error) = &t.error {
         let _ = writeln!(out, "the flow table cannot be looked through: {error}");
     }

@@ -1,13 +1,11 @@
-//! sock_diag(7): finding sockets by what an eBPF program keeps in them, and
-//! ending them.
+//! sock_diag(7): finding connected UDP sockets, and ending them.
 //!
 //! Owner: whoever looks; a [`Diag`] stays in the namespace it was opened in. Needs
-//! CAP_NET_ADMIN and CAP_BPF. A kernel may lack listing of UDP sockets
-//! (CONFIG_INET_UDP_DIAG, often a module), the contents of socket storage (before
-//! 5.7) or ending (CONFIG_INET_DIAG_DESTROY): each is an error that says so.
+//! CAP_NET_ADMIN. A kernel may lack listing (CONFIG_INET_UDP_DIAG, often a module)
+//! or ending (CONFIG_INET_DIAG_DESTROY): each is an error that says so. The
+//! contents of socket storage are listed for TCP sockets alone.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
 
@@ -21,29 +19,23 @@ const DUMP: u16 = 0x300;
 
 /// `struct inet_diag_sockid`: ports, addresses, interface, cookie.
 const ID: usize = 48;
-/// `struct inet_diag_msg`: family, state, timer, retrans, the id, five numbers.
-const MESSAGE: usize = 4 + ID + 20;
 /// Of a connected UDP socket.
 const ESTABLISHED: u32 = 1 << 1;
-
-const REQ_SK_BPF_STORAGES: u16 = 2;
-const STORAGE_REQ_MAP_FD: u16 = 1;
-const SK_BPF_STORAGES: u16 = 20;
-const STORAGE: u16 = 1;
-const STORAGE_MAP_VALUE: u16 = 3;
-/// Kind of an attribute, without the flags above it.
-const KIND: u16 = 0x3fff;
 
 /// A connected UDP socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Connected {
     family: u8,
     id: [u8; ID],
-    /// What the map has for it, if anything.
-    pub stored: Option<Vec<u8>>,
 }
 
 impl Connected {
+    /// What eBPF programs know it by (`bpf_get_socket_cookie`).
+    pub fn cookie(&self) -> u64 {
+        let half = |at: usize| u64::from(number(&self.id, at).unwrap_or_default());
+        half(44) << 32 | half(40)
+    }
+
     /// The peer's port, in network byte order.
     pub fn peer_port(&self) -> u16 {
         u16::from_ne_bytes([self.id[2], self.id[3]])
@@ -78,22 +70,12 @@ impl Diag {
         Ok(Self { socket, buffer: vec![0; 32 * 1024], sequence: 0 })
     }
 
-    /// The connected UDP sockets of the namespace that have something in a socket
-    /// storage map.
-    pub fn connected_udp(&mut self, storage: BorrowedFd<'_>) -> io::Result<Vec<Connected>> {
+    /// The connected UDP sockets of the namespace.
+    pub fn connected_udp(&mut self) -> io::Result<Vec<Connected>> {
         let mut found = Vec::new();
         for family in [libc::AF_INET, libc::AF_INET6] {
-            let family = family as u8;
-            let mut request = header(family, ESTABLISHED, &[0; ID]);
-            // An attribute with one attribute in it.
-            request.extend(12u16.to_ne_bytes());
-            request.extend(REQ_SK_BPF_STORAGES.to_ne_bytes());
-            request.extend(8u16.to_ne_bytes());
-            request.extend(STORAGE_REQ_MAP_FD.to_ne_bytes());
-            request.extend(storage.as_raw_fd().to_ne_bytes());
-            self.ask(SOCK_DIAG_BY_FAMILY, DUMP, &request, |answer| {
-                found.extend(connected(answer).filter(|socket| socket.stored.is_some()));
-            })?;
+            let request = header(family as u8, ESTABLISHED, &[0; ID]);
+            self.ask(SOCK_DIAG_BY_FAMILY, DUMP, &request, |answer| found.extend(connected(answer)))?;
         }
         Ok(found)
     }
@@ -162,29 +144,9 @@ fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> {
     })
 }
 
-/// Kind and value of each attribute.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let word = |at: usize| bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes);
-        let (len, kind) = (usize::from(word(0)?), word(2)?);
-        let value = bytes.get(4..len)?;
-        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind & KIND, value))
-    })
-}
-
 /// The socket that an answer tells of.
-fn connected(answer: &[u8]) -> impl Iterator<Item = Connected> {
-    let socket = || {
-        let id: [u8; ID] = answer.get(4..4 + ID)?.try_into().ok()?;
-        let within = |kind: u16, bytes| attributes(bytes).find(|(k, _)| *k == kind).map(|(_, value)| value);
-        let stored = within(SK_BPF_STORAGES, answer.get(MESSAGE..)?)
-            .and_then(|all| within(STORAGE, all))
-            .and_then(|one| within(STORAGE_MAP_VALUE, one))
-            .map(<[u8]>::to_vec);
-        Some(Connected { family: *answer.first()?, id, stored })
-    };
-    socket().into_iter()
+fn connected(answer: &[u8]) -> Option<Connected> {
+    Some(Connected { family: *answer.first()?, id: answer.get(4..4 + ID)?.try_into().ok()? })
 }
 
 #[cfg(test)]
@@ -192,25 +154,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-        let mut out = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
-        out.extend(kind.to_ne_bytes());
-        out.extend(value);
-        out.resize(out.len().next_multiple_of(4), 0);
-        out
-    }
-
     #[test]
-    fn what_is_stored_in_a_socket_is_found_among_its_attributes() {
-        let mut answer = vec![0u8; MESSAGE];
+    fn an_answer_says_who_the_socket_is_and_whom_it_talks_to() {
+        let mut answer = vec![0u8; 72];
         answer[0] = libc::AF_INET as u8;
         answer[6..8].copy_from_slice(&53u16.to_be_bytes());
         answer[24..28].copy_from_slice(&[10, 0, 0, 7]);
-        let stored = attribute(STORAGE, &[attribute(2, &[1, 0, 0, 0]), attribute(3, b"original")].concat());
-        answer.extend(attribute(15, &[0; 4]));
-        answer.extend(attribute(SK_BPF_STORAGES | 0x8000, &stored));
-        let socket = connected(&answer).next().unwrap();
-        assert_eq!((socket.peer_port(), socket.stored.as_deref()), (53u16.to_be(), Some(&b"original"[..])));
+        answer[44..48].copy_from_slice(&2u32.to_ne_bytes());
+        answer[48..52].copy_from_slice(&1u32.to_ne_bytes());
+        let socket = connected(&answer).unwrap();
+        assert_eq!((socket.peer_port(), socket.cookie()), (53u16.to_be(), 1 << 32 | 2));
         assert_eq!(std::net::Ipv6Addr::from(socket.peer()).to_ipv4_mapped().unwrap().to_string(), "10.0.0.7");
     }
 
@@ -218,9 +171,9 @@ mod tests {
         #[test]
         fn answers_cut_short_or_of_nonsense_are_read_without_harm(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
             for (_, _, body) in messages(&bytes) {
-                let _ = connected(body).count();
+                let _ = connected(body);
             }
-            let _ = connected(&bytes).count();
+            let _ = connected(&bytes).map(|c| (c.cookie(), c.peer()));
         }
     }
 }
