@@ -20,6 +20,8 @@ mod programs;
 pub mod samples;
 pub mod services;
 mod sockets;
+mod takeover;
+pub mod upgrade;
 mod ways;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,6 +41,8 @@ use self::hook::{Direction, Place, chain, has_tcx};
 use self::pins::{PinName, Pins, pin_of};
 use self::programs::{CounterMap, EventMap, Loader, Programs};
 pub use self::sockets::cgroup_root;
+use self::takeover::Held;
+use self::upgrade::{Awaits, Layout, Upgrade};
 pub use self::ways::Way;
 use self::ways::Ways;
 use crate::model::{AttachMode, AttachmentId};
@@ -58,6 +62,8 @@ pub struct Datapath {
     dated: BTreeSet<AttachmentId>,
     loader: Loader,
     options: Options,
+    /// While an earlier layout's programs are in force.
+    held: Option<Held>,
 }
 
 /// How programs are attached. Attaching by tcx waits for an RCU grace period with
@@ -82,6 +88,9 @@ pub struct Adoption {
     pub collected: Vec<String>,
     /// Maps that were not of this build's layout, and why; replaced by empty ones.
     pub rotated: Vec<String>,
+    /// What has to be written before [`Datapath::take_over`]: until then the
+    /// earlier programs stay in force, with their own maps.
+    pub awaits: Awaits,
 }
 
 /// One attachment, as the kernel describes it now.
@@ -126,15 +135,16 @@ pub enum DatapathError {
 }
 
 /// Which kernel interface to use where. A kernel without tcx uses clsact for all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub host_side: Via,
     pub in_pod: Via,
+    pub layout: Layout,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { host_side: Via::Clsact, in_pod: Via::Tcx }
+        Self { host_side: Via::Clsact, in_pod: Via::Tcx, layout: Layout::CURRENT }
     }
 }
 
@@ -150,18 +160,27 @@ impl Datapath {
         let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK, infinity, infinity);
 
         let at = |cause| DatapathError::Pins { path: bpffs.to_owned(), cause };
-        let pins = Pins::open(bpffs).map_err(at)?.ok_or_else(|| DatapathError::NotBpffs(bpffs.to_owned()))?;
+        let layout = options.layout;
+        let pins =
+            Pins::open(bpffs, layout.version).map_err(at)?.ok_or_else(|| DatapathError::NotBpffs(bpffs.to_owned()))?;
         let rotated = programs::rotate_foreign_maps(&pins).map_err(at)?;
+        let replaced: Vec<_> = rotated.iter().map(|(name, _)| *name).collect();
+        let upgrade = Upgrade::begin(&pins, &layout, &replaced).map_err(at)?;
         let mut loader = Loader::new(&pins);
         let mut shared = loader.load(0)?;
         programs::check_loaded_maps(&pins)?;
+        upgrade.keep_marks(&pins).map_err(at)?;
+        upgrade.convert(&pins, &layout, false).map_err(at)?;
         let counters = shared.take_counters()?;
-        let ways = Ways::open(&mut shared)?;
+        let ways = Ways::open(&mut shared, upgrade.forgets_pods())?;
         let events = shared.take_events()?;
-        let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact } };
+        let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact, layout } };
         let (known, dated) = (BTreeMap::new(), BTreeSet::new());
-        let mut datapath = Self { pins, shared, counters, ways, events, known, dated, loader, options };
-        let mut adoption = Adoption { rotated, ..Default::default() };
+        let awaits = upgrade.awaits();
+        let held = Some(Held::new(upgrade));
+        let mut datapath = Self { pins, shared, counters, ways, events, known, dated, loader, options, held };
+        let rotated = rotated.into_iter().map(|(_, why)| why).collect();
+        let mut adoption = Adoption { rotated, awaits, ..Default::default() };
         for dir in datapath.pins.pods().map_err(at)? {
             match datapath.adopt(&dir) {
                 Some(attachment) => adoption.adopted.push(attachment),
@@ -171,10 +190,14 @@ impl Datapath {
                 }
             }
         }
-        for version in datapath.pins.other_versions().map_err(at)? {
-            pins::remove(&version).map_err(at)?;
-        }
         datapath.drop_orphans()?;
+        // Nothing to be held up by: there were no earlier programs, or all that
+        // they know is known to this build's too.
+        if !awaits.any() || datapath.known.is_empty() && !datapath.has_sockets() {
+            adoption.awaits = Awaits::default();
+            adoption.collected.extend(datapath.take_over()?);
+            adoption.adopted.retain(|attachment| datapath.known.contains_key(attachment));
+        }
         Ok((datapath, adoption))
     }
 
@@ -200,7 +223,7 @@ impl Datapath {
             && entry.place == place
             && entry.is_on(device).map_err(fail)?
         {
-            if self.dated.contains(attachment) {
+            if self.dated.contains(attachment) && self.held.is_none() {
                 self.renew(attachment, device)?.map_err(fail)?;
                 self.dated.remove(attachment);
             }
@@ -239,6 +262,9 @@ impl Datapath {
         let _ = self.counters.remove(&entry.endpoint);
         self.known.remove(attachment);
         self.dated.remove(attachment);
+        if let Some(held) = &mut self.held {
+            held.earlier.remove(attachment);
+        }
         Ok(())
     }
 
@@ -268,6 +294,10 @@ impl Datapath {
         let own = std::net::UdpSocket::bind("127.0.0.1:0").and_then(|s| crate::sys::netns::cookie_of(s.as_fd()));
         if let Ok(Some(cookie)) = own {
             self.ways.set_node_namespace(cookie)?;
+        }
+        if let Some(held) = &mut self.held {
+            held.sockets = Some(root.to_owned());
+            return Ok(());
         }
         sockets::attach(&self.pins, &mut self.shared, root)
     }
@@ -310,6 +340,10 @@ impl Datapath {
     /// The program for what arrives on a shared ENI. Done again it puts this
     /// build's program in. The filter belongs to the device and goes with it.
     pub fn attach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        if let Some(held) = &mut self.held {
+            held.enis.insert(ifindex);
+            return Ok(());
+        }
         let program = self.shared.eni_ingress()?.fd().map_err(|e| refusal("a loaded program", &e))?;
         let ingress = [(program.as_fd(), TcxChain::Ingress)];
         clsact::attach(&ingress, ifindex).map_err(|cause| DatapathError::Eni { ifindex, cause })
@@ -317,6 +351,9 @@ impl Datapath {
 
     /// The ENI is no longer shared. Success when there is no such device.
     pub fn detach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        if let Some(held) = &mut self.held {
+            held.enis.remove(&ifindex);
+        }
         clsact::detach(ifindex, TcxChain::Ingress).map_err(|cause| DatapathError::Eni { ifindex, cause })
     }
 
@@ -412,10 +449,6 @@ impl Datapath {
         }
         let mut entry = Entry { place: name.place, endpoint: name.endpoint, dir: dir.to_owned() };
         let attached = entry.describe(&name.attachment).ok().filter(|_| entry.is_alive())?;
-        if let Err(e) = self.update(&entry, attached.via) {
-            tracing::warn!(attachment = %name.attachment, error = %e, "cannot take a pod's programs over; they are removed");
-            return None;
-        }
         let home = self.pins.pod(&name.encode()?);
         if home != entry.dir {
             fs::rename(&entry.dir, &home).ok()?;
@@ -428,6 +461,9 @@ impl Datapath {
             self.dated.insert(name.attachment.clone());
         }
         self.known.insert(name.attachment.clone(), entry);
+        if let Some(held) = &mut self.held {
+            held.earlier.insert(name.attachment.clone());
+        }
         Some(name.attachment)
     }
 
@@ -453,35 +489,6 @@ impl Datapath {
             }
         }
         Ok(device.enter(|ifindex| clsact::attach(&pair, ifindex)))
-    }
-
-    /// Swaps this build's programs in, where they can be reached.
-    fn update(&mut self, entry: &Entry, via: Via) -> Result<(), DatapathError> {
-        if (via, entry.place) == (Via::Clsact, Place::InPod) {
-            return Ok(());
-        }
-        let pins = |cause| DatapathError::Pins { path: entry.dir.clone(), cause };
-        let mut own;
-        let programs = match entry.place {
-            Place::HostSide => &mut self.shared,
-            Place::InPod => {
-                own = self.loader.load(entry.endpoint)?;
-                &mut own
-            }
-        };
-        let pair = programs.pair(entry.place)?;
-        for (direction, (fd, _)) in Direction::BOTH.into_iter().zip(&pair) {
-            let pin = pin_of(&entry.dir, direction);
-            match via {
-                Via::Tcx => bpf::open_pinned(&pin).and_then(|link| bpf::link_update(link.as_fd(), *fd)),
-                Via::Clsact => pins::replace(*fd, &pin),
-            }
-            .map_err(pins)?;
-        }
-        match via {
-            Via::Tcx => Ok(()),
-            Via::Clsact => clsact::attach(&pair, entry.endpoint).map_err(pins),
-        }
     }
 
     fn free_number(&self) -> Result<Endpoint, DatapathError> {

@@ -289,7 +289,8 @@ impl ServiceMap {
     }
 
     fn publish(&self) {
-        self.deps.snapshots.send_replace(Arc::new(self.snapshot.clone()));
+        let snapshot = ServiceSnapshot { awaited: self.awaited(), ..self.snapshot.clone() };
+        self.deps.snapshots.send_replace(Arc::new(snapshot));
     }
 
     /// Say what is wrong that was not wrong before.

@@ -74,6 +74,17 @@ impl Programs {
             .collect()
     }
 
+    /// Earlier programs are in force until [`Self::take_over`].
+    pub fn is_held(&self) -> bool {
+        self.datapath.lock().is_held()
+    }
+
+    /// What the new maps say is what the old ones said: this build's programs take
+    /// the earlier ones' places.
+    pub fn take_over(&self) -> Result<Vec<String>, String> {
+        self.datapath.lock().take_over().map_err(|e| e.to_string())
+    }
+
     /// Pods whose device still runs the programs of an earlier process.
     pub fn dated(&self) -> usize {
         self.datapath.lock().dated().count()

@@ -143,9 +143,23 @@ pub(super) fn counted(cpus: usize) -> impl Iterator<Item = Counted> {
     })
 }
 
+/// The names of all pinned maps.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    MAPS.iter().map(|spec| spec.name)
+}
+
+/// How what is pinned at `path` differs from the map of this name; `None` when it
+/// does not.
+pub(super) fn mismatch(name: &str, path: &Path) -> io::Result<Option<String>> {
+    match MAPS.iter().find(|spec| spec.name == name) {
+        Some(spec) => spec.mismatch_at(path),
+        None => Ok(Some(format!("{name}: no map of this build"))),
+    }
+}
+
 /// Removes pins that are not what they should be; new maps take their places.
 /// Says which and why.
-pub(super) fn rotate_foreign_maps(pins: &Pins) -> io::Result<Vec<String>> {
+pub(super) fn rotate_foreign_maps(pins: &Pins) -> io::Result<Vec<(&'static str, String)>> {
     let mut rotated = Vec::new();
     for spec in &MAPS {
         let path = pins.map(spec.name);
@@ -155,7 +169,7 @@ pub(super) fn rotate_foreign_maps(pins: &Pins) -> io::Result<Vec<String>> {
             } else {
                 std::fs::remove_file(&path)?;
             }
-            rotated.push(why);
+            rotated.push((spec.name, why));
         }
     }
     Ok(rotated)

@@ -42,11 +42,15 @@ pub(super) struct Ways {
     pods: HashMap<MapData, Addr, Pod>,
     node: HashMap<MapData, Addr, u32>,
     namespaces: HashMap<MapData, u64, u32>,
+    /// Of pods that are not known it is not known either whether packets of theirs
+    /// were translated: their flows may be older than the map.
+    begun_anew: bool,
 }
 
 impl Ways {
-    pub(super) fn open(programs: &mut Programs) -> Result<Self, DatapathError> {
+    pub(super) fn open(programs: &mut Programs, begun_anew: bool) -> Result<Self, DatapathError> {
         Ok(Self {
+            begun_anew,
             links: programs.take_map(LINKS)?.try_into().map_err(unlike)?,
             pods: programs.take_map(PODS)?.try_into().map_err(unlike)?,
             node: programs.take_map(NODE)?.try_into().map_err(unlike)?,
@@ -69,7 +73,7 @@ impl Ways {
         };
         let old = found(self.links.get(&endpoint, 0))?;
         // Its connections go on.
-        link.translated = old.map_or(0, |old| old.translated);
+        link.translated = old.map_or(self.begun_anew.into(), |old| old.translated);
         if let Some(old) = old
             && (old.v4, old.v6, old.cookie) != (link.v4, link.v6, link.cookie)
         {

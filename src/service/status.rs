@@ -56,6 +56,17 @@ impl ServiceSnapshot {
         self.written += done.written as u64;
     }
 
+    /// Whether the maps say what the cluster says, or what is awaited. Once they
+    /// did they are kept so: trouble with single Services is no reason to send
+    /// pods elsewhere.
+    pub fn ready(&self) -> Result<(), String> {
+        match (&self.awaited, self.syncs) {
+            (None, 0) => Err("waiting for the start of ServiceMap".to_owned()),
+            (None, _) => Ok(()),
+            (Some(what), _) => Err(format!("waiting for {what}")),
+        }
+    }
+
     /// How full every map is.
     pub fn uses(&self) -> Vec<Use> {
         let (used, of) = (&self.used, &self.capacity);

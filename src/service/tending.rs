@@ -63,9 +63,6 @@ impl ServiceMap {
         if let Some(why) = tended.sockets_unable.as_ref().filter(|w| was.sockets_unable.as_ref() != Some(w)) {
             tracing::warn!(why, "Connected UDP sockets stay with backends that are gone");
         }
-        if tended == *was {
-            return;
-        }
         self.snapshot.tended = tended;
         self.read_pressure(ctx);
         self.publish();

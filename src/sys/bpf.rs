@@ -12,7 +12,7 @@ use std::path::Path;
 
 mod batch;
 
-pub use batch::{Batch, Cursor, count, sum_per_cpu};
+pub use batch::{Batch, Convert, Cursor, copy, count, sum_per_cpu};
 
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;

@@ -197,24 +197,6 @@ impl<'a, K: aya::Pod, V: aya::Pod> Batch<'a, K, V> {
         }
     }
 
-    /// Puts an entry unless its key is there; whether it did.
-    pub fn put_new(&self, key: &K, value: &V) -> io::Result<bool> {
-        const NOEXIST: u64 = 1;
-        let mut attr = ElemAttr {
-            map_fd: raw(self.map),
-            key: std::ptr::from_ref(key) as u64,
-            value: std::ptr::from_ref(value) as u64,
-            flags: NOEXIST,
-            ..Default::default()
-        };
-        // SAFETY: key and value outlive the call and have the map's sizes.
-        match unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) } {
-            Ok(_) => Ok(true),
-            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => Ok(false),
-            Err(e) => Err(e),
-        }
-    }
-
     /// Key by key.
     fn walk(&self) -> io::Result<Vec<(K, V)>>
     where
@@ -357,4 +339,61 @@ pub fn sum_per_cpu(map: BorrowedFd<'_>, index: u32, cpus: usize) -> io::Result<u
     // possible CPU, which is what the kernel copies.
     unsafe { bpf(MAP_LOOKUP_ELEM, &mut attr) }?;
     Ok(values.iter().sum())
+}
+
+/// What an entry of one map is in another of a newer layout; `None` drops it.
+pub type Convert = fn(key: &[u8], value: &[u8]) -> Option<(Vec<u8>, Vec<u8>)>;
+
+/// The sizes of a map's keys and values.
+pub type Sizes = (usize, usize);
+
+/// Copies what is in `from` to `to`; entries that are there already stay as they
+/// are if `keep`. How many were copied. For hashes that are not per CPU.
+pub fn copy(
+    from: (BorrowedFd<'_>, Sizes),
+    to: (BorrowedFd<'_>, Sizes),
+    convert: Convert,
+    keep: bool,
+) -> io::Result<usize> {
+    const NOEXIST: u64 = 1;
+    const ROOM: usize = 1024;
+    let ((old, (old_key, old_value)), (new, (new_key, new_value))) = (from, to);
+    let (mut copied, mut at, mut room) = (0, Cursor::default(), ROOM);
+    loop {
+        let (mut keys, mut values) = (vec![0u8; room * old_key], vec![0u8; room * old_value]);
+        let (keys_at, values_at) = (keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64);
+        // SAFETY: both have room for that many elements of the old map's sizes,
+        // which the caller has read from it.
+        let (n, last) = match unsafe { lookup(old, old_key, &mut at, keys_at, values_at, room) } {
+            Ok(read) => read,
+            Err(e) if e.raw_os_error() == Some(libc::ENOSPC) => {
+                room *= 2;
+                continue;
+            }
+            Err(e) => return Err(e),
+        };
+        for (key, value) in keys.chunks_exact(old_key).zip(values.chunks_exact(old_value)).take(n) {
+            let Some((key, value)) = convert(key, value) else { continue };
+            if (key.len(), value.len()) != (new_key, new_value) {
+                return Err(io::Error::other("converted to entries of other sizes than the map's"));
+            }
+            let mut attr = ElemAttr {
+                map_fd: raw(new),
+                key: key.as_ptr() as u64,
+                value: value.as_ptr() as u64,
+                flags: if keep { NOEXIST } else { 0 },
+                ..Default::default()
+            };
+            // SAFETY: key and value outlive the call and have the new map's sizes,
+            // compared above.
+            match unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) } {
+                Ok(_) => copied += 1,
+                Err(e) if keep && e.raw_os_error() == Some(libc::EEXIST) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if last {
+            return Ok(copied);
+        }
+    }
 }
