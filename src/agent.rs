@@ -150,7 +150,8 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
     });
 
     // Whoever looks.
-    let mut views = views(&tree, &stats, &snapshot, programs, &pool, &server, &cluster);
+    let mut views = views(&tree, &stats, &snapshot, programs.clone(), &pool, &server, &cluster);
+    views.ready.extend(programs.map(ready::programs));
     views.ready.push(ready::cni(config.cni.socket.clone()));
     if let Some(services) = &services {
         service_views(&mut views, services, &service_figures);

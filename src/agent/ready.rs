@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use super::programs::Programs;
 use crate::debug::ReadyCheck;
 use crate::pool::snapshot::PoolSnapshot;
 use crate::service::status::ServiceSnapshot;
@@ -34,6 +35,15 @@ pub fn cni(socket: PathBuf) -> (&'static str, ReadyCheck) {
 /// The kernel's maps say what the cluster says, for the first time in this run.
 pub fn services(seen: watch::Receiver<Arc<ServiceSnapshot>>) -> (&'static str, ReadyCheck) {
     ("services", Arc::new(move || seen.borrow().ready()))
+}
+
+/// This build's programs are in force, rather than those of an earlier layout.
+pub fn programs(programs: Arc<Programs>) -> (&'static str, ReadyCheck) {
+    let check = move || match programs.is_held() {
+        false => Ok(()),
+        true => Err("an earlier layout's programs are in force until the new maps are filled".to_owned()),
+    };
+    ("programs", Arc::new(check))
 }
 
 #[cfg(test)]

@@ -18,7 +18,6 @@ use super::pins::Pins;
 use super::programs::{self, Counted};
 use super::samples::Samples;
 use crate::service::maps::Gone;
-use crate::service::model::Protocol;
 use crate::service::tend::{EndedSockets, FlowTables, Use};
 use crate::sys::bpf::{self, Batch, Cursor};
 use crate::sys::clock::monotonic_ns;
@@ -137,13 +136,9 @@ impl FlowTables for KernelFlows {
     }
 
     fn end_sockets(&mut self, gone: &[Gone]) -> EndedSockets {
-        let datagrams = |g: &&Gone| matches!(g.protocol, Some(Protocol::Udp) | None);
-        let gone: Vec<Backend> = gone.iter().filter(datagrams).map(|g| g.backend).collect();
-        if gone.is_empty() {
-            return EndedSockets::default();
-        }
-        let ids = gone.iter().map(|b| b.id).collect();
-        match self.end(&ids, &gone.iter().map(|b| (b.addr, b.port)).collect()) {
+        let ids = gone.iter().map(|g| g.backend.id).collect();
+        let addresses = gone.iter().map(|g| (g.backend.addr, g.backend.port)).collect();
+        match self.end(&ids, &addresses) {
             Ok((ended, failed, why)) => EndedSockets { ended, failed, unable: why.map(|e| unable("end", &e)) },
             Err(e) => EndedSockets { ended: 0, failed: 0, unable: Some(unable("list", &e)) },
         }

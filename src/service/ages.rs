@@ -108,6 +108,9 @@ pub struct Room {
     pub refused: bool,
 }
 
+/// In how many turns a table is seen whole that has much room.
+pub const PASS: u32 = 32;
+
 /// Times are halved this often at most.
 const MOST_SQUEEZE: u8 = 9;
 
@@ -116,12 +119,17 @@ impl Room {
         if self.refused { 100 } else { 100 * self.used / self.capacity.max(1) }
     }
 
+    /// Less than half full: there is no hurry.
+    pub fn is_roomy(&self) -> bool {
+        self.percent() < 50
+    }
+
     /// Entries to look at in one turn, of which there is one a second: the whole
     /// table in half a minute, in 8 s when it is half full, at once when it is
     /// four fifths full.
     pub fn turn(&self) -> usize {
         match self.percent() {
-            0..50 => self.capacity.div_ceil(32),
+            0..50 => self.capacity.div_ceil(PASS as usize),
             50..80 => self.capacity.div_ceil(8),
             _ => self.capacity,
         }

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ages::{self, Room};
 use super::maps::Gone;
+use super::model::Protocol;
 use super::told::{self, Telling};
 
 /// Entries read and deleted by one call of the kernel.
@@ -42,7 +43,7 @@ pub trait FlowTables {
     fn samples(&mut self, most: usize) -> Vec<Sample>;
     /// How full the other maps are.
     fn uses(&mut self) -> io::Result<Vec<Use>>;
-    /// Ends the sockets that were led to these backends when they connected and
+    /// Ends the UDP sockets that were led to these backends when they connected and
     /// would otherwise not find out.
     fn end_sockets(&mut self, gone: &[Gone]) -> EndedSockets;
 }
@@ -112,6 +113,8 @@ pub struct Tender {
     /// Of the look in work.
     seen: Seen,
     turns: u64,
+    /// Turns without a look: a table with few entries is seen whole in one.
+    rest: u32,
     full_events: u64,
     tended: Tended,
     others: Vec<Use>,
@@ -120,6 +123,7 @@ pub struct Tender {
 
 #[derive(Default)]
 struct Seen {
+    turns: u32,
     /// Entries that stay.
     entries: usize,
     flows: BTreeMap<String, usize>,
@@ -133,6 +137,7 @@ impl Tender {
             tables,
             seen: Seen::default(),
             turns: 0,
+            rest: 0,
             full_events: u64::MAX,
             tended: Tended::default(),
             others: Vec::new(),
@@ -153,7 +158,12 @@ impl Tender {
     /// These backends are gone. Their flows go at the next packet or at the next
     /// look; sockets that were connected to them do not find out by themselves.
     pub fn backends_gone(&mut self, gone: &[Gone]) -> Tended {
-        let done = self.tables.end_sockets(gone);
+        let datagrams = |g: &&Gone| matches!(g.protocol, Some(Protocol::Udp) | None);
+        let gone: Vec<Gone> = gone.iter().filter(datagrams).copied().collect();
+        if gone.is_empty() {
+            return self.tended.clone();
+        }
+        let done = self.tables.end_sockets(&gone);
         self.tended.sockets_ended += done.ended;
         self.tended.sockets_not_ended += done.failed;
         self.tended.sockets_unable = done.unable;
@@ -180,6 +190,12 @@ impl Tender {
         let room = Room { used: known.max(self.seen.entries), capacity, refused };
         // The first look is a whole one: nothing is known before.
         let turn = if self.tended.passes == 0 { capacity } else { room.turn() };
+        let roomy = room.is_roomy();
+        if roomy && self.seen.turns == 0 && self.rest > 0 {
+            self.rest -= 1;
+            return Ok(());
+        }
+        self.seen.turns += 1;
         let (mut left, mut ended) = (turn, false);
         while left > 0 && !ended {
             let chunk = left.min(CHUNK);
@@ -193,6 +209,7 @@ impl Tender {
             let room = Room { used: seen.entries, ..room };
             self.tended.squeeze = room.squeeze(self.tended.squeeze);
             self.tended.passes += 1;
+            self.rest = ages::PASS.saturating_sub(seen.turns);
             self.tended.flows = seen.flows;
             let flows = Use { map: "flows".to_owned(), entries: seen.entries, capacity };
             self.tended.uses = std::iter::once(flows).chain(self.others.iter().cloned()).collect();
