@@ -18,6 +18,7 @@ mod hook;
 pub(crate) mod pins;
 mod programs;
 pub mod samples;
+mod seen;
 pub mod services;
 mod sockets;
 mod takeover;
@@ -32,7 +33,7 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::{MapError, PerCpuValues};
 pub use fairway_ebpf_abi::Counters;
-use fairway_ebpf_abi::{EVENT_COUNT, Endpoint, IN_POD, MAX_ENDPOINTS};
+use fairway_ebpf_abi::{Endpoint, IN_POD, MAX_ENDPOINTS};
 use serde::Serialize;
 
 use self::entry::Entry;
@@ -307,16 +308,6 @@ impl Datapath {
         sockets::detach(&self.pins)
     }
 
-    /// What the packet path of Services has done, by `EVENT_*`.
-    pub fn service_events(&self) -> Result<[u64; EVENT_COUNT as usize], DatapathError> {
-        let mut counts = [0; EVENT_COUNT as usize];
-        for (which, count) in (0u32..).zip(&mut counts) {
-            let per_cpu = self.events.get(&which, 0).map_err(DatapathError::Counters)?;
-            *count = per_cpu.iter().sum();
-        }
-        Ok(counts)
-    }
-
     /// Some of those that were drops or refusals, in full, for their one reader.
     pub fn samples(&self) -> Result<samples::Samples, DatapathError> {
         samples::Samples::open(&self.pins)
@@ -364,42 +355,6 @@ impl Datapath {
             self.detach(attachment)?;
         }
         Ok(gone)
-    }
-
-    /// Whether both programs are on this device now, read from the kernel.
-    pub fn verify(&self, attachment: &AttachmentId, device: Device<'_>) -> Result<bool, DatapathError> {
-        let Some(entry) = self.known.get(attachment) else { return Ok(false) };
-        if self.dated.contains(attachment) {
-            return Ok(false);
-        }
-        entry.is_on(device).map_err(|cause| DatapathError::Attach {
-            attachment: attachment.clone(),
-            device: device.to_string(),
-            cause,
-        })
-    }
-
-    /// What is attached, read from the kernel.
-    pub fn attached(&self) -> Result<Vec<Attached>, DatapathError> {
-        let described = |(attachment, entry): (&AttachmentId, &Entry)| {
-            let attached = entry.describe(attachment)?;
-            Ok(Attached { short: self.ways.is_short(entry.endpoint), ..attached })
-        };
-        self.known.iter().map(described).collect()
-    }
-
-    /// What passed each attachment since it was attached.
-    pub fn counters(&self) -> Result<Vec<(AttachmentId, Counters)>, DatapathError> {
-        let sum = |endpoint: &Endpoint| {
-            let mut total = Counters::default();
-            match self.counters.get(endpoint, 0) {
-                Ok(per_cpu) => per_cpu.iter().for_each(|c| add(&mut total, c)),
-                Err(MapError::KeyNotFound) => {}
-                Err(e) => return Err(DatapathError::Counters(e)),
-            }
-            Ok(total)
-        };
-        self.known.iter().map(|(attachment, entry)| Ok((attachment.clone(), sum(&entry.endpoint)?))).collect()
     }
 
     /// The inner error is the device's, the outer one ours.
@@ -514,16 +469,6 @@ impl Datapath {
         let known = &self.known;
         self.ways.retain(|endpoint| known.values().any(|e| e.endpoint == endpoint))
     }
-}
-
-fn add(total: &mut Counters, one: &Counters) {
-    total.ingress_packets += one.ingress_packets;
-    total.ingress_bytes += one.ingress_bytes;
-    total.egress_packets += one.egress_packets;
-    total.egress_bytes += one.egress_bytes;
-    total.ingress_short += one.ingress_short;
-    total.egress_short += one.egress_short;
-    total.spoofed += one.spoofed;
 }
 
 /// With the cause's whole chain, and the remedy when it is a matter of rights.

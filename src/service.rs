@@ -39,6 +39,7 @@ pub mod pressure;
 pub mod problem;
 pub mod status;
 pub mod sync;
+mod tell;
 pub mod tend;
 mod tending;
 pub mod told;
@@ -53,8 +54,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::actor::{Actor, Ctx, Deadline, Handles, Message, Port, Responder, StartError, Worker, WorkerGone};
-use crate::cluster::{About, NodeInfo, NodePods, RecordEvent};
+use crate::actor::{Actor, Ctx, Handles, Message, Port, Responder, StartError, Worker, WorkerGone};
+use crate::cluster::{NodeInfo, NodePods, RecordEvent};
 use crate::model::PodKey;
 use desk::{Desk, Synced};
 use explain::{Explanation, Query};
@@ -71,8 +72,6 @@ use tending::Tending;
 /// Services that had to go without, and ports that could not be bound, are tried
 /// again this often.
 const RETRY: Duration = Duration::from_secs(10);
-/// Told one by one; more at a time are told as a number.
-const TOLD_AT_ONCE: usize = 20;
 
 /// The `services` section of the agent's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -293,47 +292,6 @@ impl ServiceMap {
         self.deps.snapshots.send_replace(Arc::new(snapshot));
     }
 
-    /// Say what is wrong that was not wrong before.
-    fn tell(&mut self, problems: Vec<Problem>, ctx: &mut Ctx<'_, Self>) {
-        let now: BTreeSet<Problem> = problems.into_iter().collect();
-        let leads = *self.deps.leader.borrow();
-        let new: Vec<&Problem> = now.difference(&self.told).collect();
-        self.tell_new(&new, leads, ctx);
-        self.told = now;
-    }
-
-    /// Another may have led when these came up, or nobody.
-    fn tell_as_leader(&self, ctx: &mut Ctx<'_, Self>) {
-        let clusters: Vec<&Problem> = self.told.iter().filter(|p| p.reason.of_the_cluster()).collect();
-        self.tell_new(&clusters, true, ctx);
-    }
-
-    fn tell_new(&self, new: &[&Problem], leads: bool, ctx: &mut Ctx<'_, Self>) {
-        for problem in new.iter().take(TOLD_AT_ONCE) {
-            tracing::warn!(about = %problem.about, reason = problem.reason.name(), "{}", problem.message);
-            if leads || !problem.reason.of_the_cluster() {
-                self.record(about(problem), problem.reason.name(), problem.message.clone(), ctx);
-            }
-        }
-        if let Some(more) = new.len().checked_sub(TOLD_AT_ONCE).filter(|n| *n > 0) {
-            let note = format!("{more} more Services have problems on this node; `fairway status services` lists them");
-            tracing::warn!(more, "More Services have problems");
-            self.record(About::Node, "ServiceProblems", note, ctx);
-        }
-    }
-
-    fn record(&self, about: About, reason: &str, note: String, ctx: &mut Ctx<'_, Self>) {
-        let port = self.deps.record_event.clone();
-        let event =
-            RecordEvent { about, warning: true, reason: reason.to_owned(), action: "CarryService".to_owned(), note };
-        let work = async move { port.ask(event, Deadline::after(Duration::from_secs(5))).await };
-        ctx.spawn(work, |_, told, _| {
-            if let Err(error) = told {
-                tracing::debug!(%error, "An Event was not recorded");
-            }
-        });
-    }
-
     fn query(&self, ask: Explain) -> Result<Query, ExplainError> {
         let (client, client_ips, outside) = match ask.client {
             Client::Node => ("the node".to_owned(), self.node.addresses.clone(), false),
@@ -378,14 +336,6 @@ fn node_facts(info: &NodeInfo, before: &NodeFacts) -> NodeFacts {
         name: before.name.clone(),
         zone: info.labels.get(NodeFacts::ZONE).map(|z| z.as_str().into()),
         addresses: if addresses.is_empty() { before.addresses.clone() } else { addresses },
-    }
-}
-
-fn about(problem: &Problem) -> About {
-    let (name, uid) = (problem.about.clone(), problem.uid.clone());
-    match problem.reason {
-        Reason::InvalidEndpoints => About::EndpointSlice { name, uid },
-        _ => About::Service { name, uid },
     }
 }
 

@@ -55,10 +55,9 @@ mod tests {
         let (sender, seen) = watch::channel(Arc::new(ServiceSnapshot::default()));
         let (_, check) = services(seen);
         assert!(check().unwrap_err().contains("the start"));
-        let awaited = Some("the first full list of Services".to_owned());
-        sender.send_replace(Arc::new(ServiceSnapshot { awaited, ..ServiceSnapshot::default() }));
+        sender.send_modify(|s| Arc::make_mut(s).awaited = Some("the first full list of Services".to_owned()));
         assert_eq!(check().unwrap_err(), "waiting for the first full list of Services");
-        sender.send_replace(Arc::new(ServiceSnapshot { syncs: 1, ..ServiceSnapshot::default() }));
+        sender.send_modify(|s| (Arc::make_mut(s).awaited, Arc::make_mut(s).syncs) = (None, 1));
         assert_eq!(check(), Ok(()));
     }
 

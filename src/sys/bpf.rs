@@ -11,8 +11,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 mod batch;
+mod bytes;
 
-pub use batch::{Batch, Convert, Cursor, copy, count, sum_per_cpu};
+pub use batch::{Batch, Cursor};
+pub use bytes::{Convert, copy, count, sum_per_cpu};
 
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;

@@ -8,17 +8,17 @@ use std::os::fd::BorrowedFd;
 
 use super::{bpf, raw};
 
-const MAP_LOOKUP_ELEM: libc::c_long = 1;
-const MAP_UPDATE_ELEM: libc::c_long = 2;
+pub(super) const MAP_LOOKUP_ELEM: libc::c_long = 1;
+pub(super) const MAP_UPDATE_ELEM: libc::c_long = 2;
 const MAP_DELETE_ELEM: libc::c_long = 3;
-const MAP_GET_NEXT_KEY: libc::c_long = 4;
+pub(super) const MAP_GET_NEXT_KEY: libc::c_long = 4;
 const MAP_LOOKUP_BATCH: libc::c_long = 24;
 const MAP_UPDATE_BATCH: libc::c_long = 26;
 const MAP_DELETE_BATCH: libc::c_long = 27;
 
 /// The kernel has no batch calls, or not for this type of map (its ENOTSUPP has
 /// no name in libc).
-fn is_unsupported(e: &io::Error) -> bool {
+pub(super) fn is_unsupported(e: &io::Error) -> bool {
     const ENOTSUPP: i32 = 524;
     matches!(e.raw_os_error(), Some(ENOTSUPP | libc::EINVAL | libc::EOPNOTSUPP))
 }
@@ -26,27 +26,27 @@ fn is_unsupported(e: &io::Error) -> bool {
 /// `struct { … } batch` of `union bpf_attr`.
 #[repr(C)]
 #[derive(Default)]
-struct BatchAttr {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map_fd: u32,
-    elem_flags: u64,
-    flags: u64,
+pub(super) struct BatchAttr {
+    pub(super) in_batch: u64,
+    pub(super) out_batch: u64,
+    pub(super) keys: u64,
+    pub(super) values: u64,
+    pub(super) count: u32,
+    pub(super) map_fd: u32,
+    pub(super) elem_flags: u64,
+    pub(super) flags: u64,
 }
 
 /// The `MAP_*_ELEM` commands' member.
 #[repr(C)]
 #[derive(Default)]
-struct ElemAttr {
-    map_fd: u32,
-    _pad: u32,
-    key: u64,
+pub(super) struct ElemAttr {
+    pub(super) map_fd: u32,
+    pub(super) _pad: u32,
+    pub(super) key: u64,
     /// The next key, for `MAP_GET_NEXT_KEY`.
-    value: u64,
-    flags: u64,
+    pub(super) value: u64,
+    pub(super) flags: u64,
 }
 
 /// Entries of a map of which many are read or written at once. Kernels without
@@ -230,7 +230,7 @@ impl<'a, K: aya::Pod, V: aya::Pod> Batch<'a, K, V> {
 /// Where a reading of a map has come to.
 #[derive(Clone, Debug)]
 pub struct Cursor {
-    first: bool,
+    pub(super) first: bool,
     /// A hash's is the number of a bucket, any other map's is a key.
     position: [u64; Self::WORDS],
 }
@@ -249,7 +249,7 @@ impl Default for Cursor {
 ///
 /// # Safety
 /// `keys` and `values` must be writable for `count` elements of the map's sizes.
-unsafe fn lookup(
+pub(super) unsafe fn lookup(
     map: BorrowedFd<'_>,
     key_size: usize,
     at: &mut Cursor,
@@ -279,121 +279,4 @@ unsafe fn lookup(
     };
     *at = if last { Cursor::default() } else { Cursor { first: false, position: to } };
     Ok((attr.count as usize, last))
-}
-
-/// How many entries a map has; `value_size` is what the kernel copies for one
-/// (of all CPUs, for a map that has one value for each).
-pub fn count(map: BorrowedFd<'_>, key_size: usize, value_size: usize) -> io::Result<usize> {
-    let (mut all, mut at, mut room) = (0, Cursor::default(), 1024);
-    loop {
-        // Words, so that the kernel's copies are aligned whatever they are of.
-        let mut keys = vec![0u64; (room * key_size).div_ceil(8)];
-        let mut values = vec![0u64; (room * value_size).div_ceil(8)];
-        let (keys_at, values_at) = (keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64);
-        // SAFETY: both have room for that many elements of these sizes.
-        match unsafe { lookup(map, key_size, &mut at, keys_at, values_at, room) } {
-            Ok((n, last)) => {
-                all += n;
-                if last {
-                    return Ok(all);
-                }
-            }
-            Err(e) if e.raw_os_error() == Some(libc::ENOSPC) => room *= 2,
-            Err(e) if at.first && is_unsupported(&e) => return walk_keys(map, key_size),
-            Err(e) => return Err(e),
-        }
-    }
-}
-
-/// As [`count`], where there are no batch calls.
-fn walk_keys(map: BorrowedFd<'_>, key_size: usize) -> io::Result<usize> {
-    let (mut key, mut next) = (vec![0u8; key_size], vec![0u8; key_size]);
-    let mut all = 0;
-    loop {
-        let mut attr = ElemAttr {
-            map_fd: raw(map),
-            key: if all == 0 { 0 } else { key.as_ptr() as u64 },
-            value: next.as_mut_ptr() as u64,
-            ..Default::default()
-        };
-        // SAFETY: both outlive the call and have the key's size.
-        match unsafe { bpf(MAP_GET_NEXT_KEY, &mut attr) } {
-            Ok(_) => all += 1,
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(all),
-            Err(e) => return Err(e),
-        }
-        std::mem::swap(&mut key, &mut next);
-    }
-}
-
-/// The sum over all CPUs of a number in a per-CPU array.
-pub fn sum_per_cpu(map: BorrowedFd<'_>, index: u32, cpus: usize) -> io::Result<u64> {
-    let mut values = vec![0u64; cpus];
-    let mut attr = ElemAttr {
-        map_fd: raw(map),
-        key: &raw const index as u64,
-        value: values.as_mut_ptr() as u64,
-        ..Default::default()
-    };
-    // SAFETY: the key is readable; the value has room for one number of each
-    // possible CPU, which is what the kernel copies.
-    unsafe { bpf(MAP_LOOKUP_ELEM, &mut attr) }?;
-    Ok(values.iter().sum())
-}
-
-/// What an entry of one map is in another of a newer layout; `None` drops it.
-pub type Convert = fn(key: &[u8], value: &[u8]) -> Option<(Vec<u8>, Vec<u8>)>;
-
-/// The sizes of a map's keys and values.
-pub type Sizes = (usize, usize);
-
-/// Copies what is in `from` to `to`; entries that are there already stay as they
-/// are if `keep`. How many were copied. For hashes that are not per CPU.
-pub fn copy(
-    from: (BorrowedFd<'_>, Sizes),
-    to: (BorrowedFd<'_>, Sizes),
-    convert: Convert,
-    keep: bool,
-) -> io::Result<usize> {
-    const NOEXIST: u64 = 1;
-    const ROOM: usize = 1024;
-    let ((old, (old_key, old_value)), (new, (new_key, new_value))) = (from, to);
-    let (mut copied, mut at, mut room) = (0, Cursor::default(), ROOM);
-    loop {
-        let (mut keys, mut values) = (vec![0u8; room * old_key], vec![0u8; room * old_value]);
-        let (keys_at, values_at) = (keys.as_mut_ptr() as u64, values.as_mut_ptr() as u64);
-        // SAFETY: both have room for that many elements of the old map's sizes,
-        // which the caller has read from it.
-        let (n, last) = match unsafe { lookup(old, old_key, &mut at, keys_at, values_at, room) } {
-            Ok(read) => read,
-            Err(e) if e.raw_os_error() == Some(libc::ENOSPC) => {
-                room *= 2;
-                continue;
-            }
-            Err(e) => return Err(e),
-        };
-        for (key, value) in keys.chunks_exact(old_key).zip(values.chunks_exact(old_value)).take(n) {
-            let Some((key, value)) = convert(key, value) else { continue };
-            if (key.len(), value.len()) != (new_key, new_value) {
-                return Err(io::Error::other("converted to entries of other sizes than the map's"));
-            }
-            let mut attr = ElemAttr {
-                map_fd: raw(new),
-                key: key.as_ptr() as u64,
-                value: value.as_ptr() as u64,
-                flags: if keep { NOEXIST } else { 0 },
-                ..Default::default()
-            };
-            // SAFETY: key and value outlive the call and have the new map's sizes,
-            // compared above.
-            match unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) } {
-                Ok(_) => copied += 1,
-                Err(e) if keep && e.raw_os_error() == Some(libc::EEXIST) => {}
-                Err(e) => return Err(e),
-            }
-        }
-        if last {
-            return Ok(copied);
-        }
-    }
 }
