@@ -216,8 +216,7 @@ fn carries_services(config: &Config) -> bool {
 }
 
 fn open_datapath(bpffs: &std::path::Path, config: &Config) -> Result<(Arc<Programs>, Awaits), AgentError> {
-    let options = Options { layout: takeover::layout(), ..Options::default() };
-    let (mut datapath, adoption) = Datapath::open_with(bpffs, options)?;
+    let (mut datapath, adoption) = Datapath::open_as(bpffs, Options::default(), takeover::layout())?;
     if config.services.enabled {
         let root = cgroup_root(config.services.cgroup_root.as_deref())?;
         datapath.attach_sockets(&root)?;

@@ -63,6 +63,7 @@ pub struct Datapath {
     dated: BTreeSet<AttachmentId>,
     loader: Loader,
     options: Options,
+    layout: Layout,
     /// While an earlier layout's programs are in force.
     held: Option<Held>,
 }
@@ -136,16 +137,15 @@ pub enum DatapathError {
 }
 
 /// Which kernel interface to use where. A kernel without tcx uses clsact for all.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     pub host_side: Via,
     pub in_pod: Via,
-    pub layout: Layout,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { host_side: Via::Clsact, in_pod: Via::Tcx, layout: Layout::CURRENT }
+        Self { host_side: Via::Clsact, in_pod: Via::Tcx }
     }
 }
 
@@ -156,12 +156,16 @@ impl Datapath {
     }
 
     pub fn open_with(bpffs: &Path, options: Options) -> Result<(Self, Adoption), DatapathError> {
+        Self::open_as(bpffs, options, Layout::CURRENT)
+    }
+
+    /// As if the maps had this layout.
+    pub fn open_as(bpffs: &Path, options: Options, layout: Layout) -> Result<(Self, Adoption), DatapathError> {
         // Before 5.11 maps count against the locked-memory limit.
         let infinity = nix::sys::resource::RLIM_INFINITY;
         let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK, infinity, infinity);
 
         let at = |cause| DatapathError::Pins { path: bpffs.to_owned(), cause };
-        let layout = options.layout;
         let pins =
             Pins::open(bpffs, layout.version).map_err(at)?.ok_or_else(|| DatapathError::NotBpffs(bpffs.to_owned()))?;
         let rotated = programs::rotate_foreign_maps(&pins).map_err(at)?;
@@ -175,11 +179,11 @@ impl Datapath {
         let counters = shared.take_counters()?;
         let ways = Ways::open(&mut shared, upgrade.forgets_pods())?;
         let events = shared.take_events()?;
-        let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact, layout } };
+        let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact } };
         let (known, dated) = (BTreeMap::new(), BTreeSet::new());
         let awaits = upgrade.awaits();
         let held = Some(Held::new(upgrade));
-        let mut datapath = Self { pins, shared, counters, ways, events, known, dated, loader, options, held };
+        let mut datapath = Self { pins, shared, counters, ways, events, known, dated, loader, options, layout, held };
         let rotated = rotated.into_iter().map(|(_, why)| why).collect();
         let mut adoption = Adoption { rotated, awaits, ..Default::default() };
         for dir in datapath.pins.pods().map_err(at)? {

@@ -26,8 +26,8 @@ const NEXT: u32 = LAYOUT_VERSION + 1;
 const FLOWS_AS_THEY_ARE: Converter =
     Converter { map: FLOWS, from: LAYOUT_VERSION, to: NEXT, entry: |k, v| Some((k.to_vec(), v.to_vec())) };
 
-fn layout(version: u32, changed: &'static [&'static str], converters: &'static [Converter]) -> Options {
-    Options { layout: Layout { version, changed, converters }, ..Options::default() }
+fn layout(version: u32, changed: &'static [&'static str], converters: &'static [Converter]) -> Layout {
+    Layout { version, changed, converters }
 }
 
 /// A node with a Service of two backends, reached by a pod's datagrams and by the
@@ -56,14 +56,14 @@ impl World {
         Some(Self { client, socket, servers, listener, node })
     }
 
-    fn open(&self, options: Options) -> (Datapath, Adoption) {
-        let (mut datapath, adoption) = Datapath::open_with(&self.node.bpffs, options).unwrap();
+    fn open(&self, layout: Layout) -> (Datapath, Adoption) {
+        let (mut datapath, adoption) = Datapath::open_as(&self.node.bpffs, Options::default(), layout).unwrap();
         datapath.attach_sockets(&cgroup_root(None).unwrap()).unwrap();
         (datapath, adoption)
     }
 
     fn begin(&self) -> Datapath {
-        let (mut datapath, _) = self.open(Options::default());
+        let (mut datapath, _) = self.open(Layout::CURRENT);
         self.client.attach(&mut datapath, |way| way.short = false);
         let mut services = Services::of(&datapath);
         let to: Vec<SocketAddr> = self.servers.iter().map(|(_, s)| s.local_addr().unwrap()).collect();
@@ -197,7 +197,7 @@ fn a_start_after_a_crash_half_way_goes_on_and_so_does_the_way_back() {
     world.connect();
     assert_eq!(world.ask(), first);
     // Back to what it was: its maps are still there, and in force.
-    let (mut datapath, _) = world.open(Options::default());
+    let (mut datapath, _) = world.open(Layout::CURRENT);
     if datapath.is_held() {
         datapath.take_over().unwrap();
     }
@@ -209,6 +209,6 @@ fn a_start_after_a_crash_half_way_goes_on_and_so_does_the_way_back() {
 fn a_node_without_pods_waits_for_nothing() {
     let Some(node) = Node::new("a_node_without_pods_waits_for_nothing") else { return };
     drop(node.open());
-    let (datapath, adoption) = Datapath::open_with(&node.bpffs, layout(NEXT, CHANGED, &[])).unwrap();
+    let (datapath, adoption) = Datapath::open_as(&node.bpffs, Options::default(), layout(NEXT, CHANGED, &[])).unwrap();
     assert!(!datapath.is_held() && !adoption.awaits.any());
 }

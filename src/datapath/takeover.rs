@@ -56,7 +56,7 @@ impl Datapath {
     }
 
     fn swap(&mut self, held: &Held) -> Result<Vec<String>, DatapathError> {
-        let layout = self.options.layout;
+        let layout = self.layout;
         let maps = |cause| DatapathError::Pins { path: self.pins.map(""), cause };
         // What has changed in the old maps since they were converted.
         held.upgrade.convert(&self.pins, &layout, false).map_err(maps)?;
