@@ -140,8 +140,16 @@ fn flows_of_real_datagrams_and_every_map_are_counted() {
         socket.send_to(b"?", VIP).unwrap();
         backend.recv_from(&mut [0; 8]).unwrap();
     }
+    let nobody = SocketAddr::new(VIP.ip(), 81);
+    Services::of(&datapath).put(2, nobody, UDP, SCOPE_INSIDE, 0, &[]);
+    sockets[0].send_to(b"?", nobody).unwrap();
     let tended = pass(&mut tender(&datapath));
-    assert_eq!((tended.flows["udp"], tended.events["backend_chosen"]), (3, 3));
+    assert_eq!((tended.flows["udp"], tended.events["backend_chosen"], tended.events["refused"]), (3, 3, 1));
+    // What was refused is told in full.
+    let told = tended.told.last.back().unwrap();
+    assert_eq!((tended.told.read, told.what.as_str(), told.protocol.as_str()), (1, "refused", "udp"));
+    let from = SocketAddr::new(client.v4.into(), sockets[0].local_addr().unwrap().port());
+    assert_eq!((&told.from, &told.to), (&from.to_string(), &nobody.to_string()));
     let of = |map: &str| tended.uses.iter().find(|u| u.map == map).map(|u| u.entries);
     let expected = [("flows", 6), ("links", 1), ("pods", 2), ("counters", 1), ("namespaces", 2), ("fragments", 0)];
     for (map, entries) in expected {

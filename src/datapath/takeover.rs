@@ -47,7 +47,10 @@ impl Datapath {
     pub fn take_over(&mut self) -> Result<Vec<String>, DatapathError> {
         let Some(held) = self.held.take() else { return Ok(Vec::new()) };
         match self.swap(&held) {
-            Ok(left) => Ok(left),
+            Ok(left) => {
+                self.ways.settled();
+                Ok(left)
+            }
             Err(e) => {
                 self.held = Some(held);
                 Err(e)

@@ -58,6 +58,11 @@ impl Ways {
         })
     }
 
+    /// Every pod that was there is known again.
+    pub(super) fn settled(&mut self) {
+        self.begun_anew = false;
+    }
+
     pub(super) fn set(&mut self, endpoint: Endpoint, way: &Way) -> Result<(), DatapathError> {
         let addr = |ip: Option<Ipv6Addr>| ip.map_or(Addr::default(), |ip| IpAddr::V6(ip).into());
         let mut link = Link {

@@ -8,6 +8,8 @@
 use std::io;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_SOCK_DIAG};
+use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
+use nix::sys::time::{TimeVal, TimeValLike as _};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
@@ -67,6 +69,8 @@ impl Diag {
         let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
+        // The kernel answers inside the call; should it not, nobody waits for ever.
+        setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(5)).map_err(io::Error::from)?;
         Ok(Self { socket, buffer: vec![0; 32 * 1024], sequence: 0 })
     }
 
@@ -97,7 +101,6 @@ impl Diag {
         bytes.extend(request);
         self.socket.send(&bytes, 0)?;
         loop {
-            // Not blocking for long: the kernel answers inside `send` and `recv`.
             let len = self.socket.recv(&mut &mut self.buffer[..], 0)?;
             for (kind, sequence, body) in messages(&self.buffer[..len]) {
                 if sequence != self.sequence {
