@@ -230,8 +230,9 @@ fn open_datapath(bpffs: &std::path::Path, config: &Config) -> Result<(Arc<Progra
         sockets = datapath.socket_doors().len(),
         "eBPF programs loaded"
     );
-    let fast_path = config.fast_path.unwrap_or(config.services.enabled);
-    Ok((Arc::new(Programs::new(datapath, fast_path)), adoption.awaits))
+    let programs = Programs::new(datapath, config.fast_path.unwrap_or(config.services.enabled));
+    let programs = if config.services.enabled { programs } else { programs.without_services() };
+    Ok((Arc::new(programs), adoption.awaits))
 }
 
 fn cloud_ports(cloud: &Handle<CloudApi>) -> pool::CloudPorts {

@@ -23,6 +23,7 @@ pub mod services;
 mod sockets;
 mod takeover;
 pub mod upgrade;
+mod uplink;
 mod ways;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -44,10 +45,11 @@ use self::programs::{CounterMap, EventMap, Loader, Programs};
 pub use self::sockets::cgroup_root;
 use self::takeover::Held;
 use self::upgrade::{Awaits, Layout, Upgrade};
+pub use self::uplink::Uplink;
 pub use self::ways::Way;
 use self::ways::Ways;
 use crate::model::{AttachMode, AttachmentId};
-use crate::sys::bpf::{self, TcxChain};
+use crate::sys::bpf;
 
 /// The node's eBPF programs and maps.
 pub struct Datapath {
@@ -61,6 +63,7 @@ pub struct Datapath {
     /// Adopted, and still running what an earlier process loaded: a clsact device
     /// inside a pod is out of reach until the next `attach`.
     dated: BTreeSet<AttachmentId>,
+    enis: uplink::Enis,
     loader: Loader,
     options: Options,
     layout: Layout,
@@ -179,11 +182,13 @@ impl Datapath {
         let counters = shared.take_counters()?;
         let ways = Ways::open(&mut shared, upgrade.forgets_pods())?;
         let events = shared.take_events()?;
+        let enis = uplink::Enis::open(&mut shared)?;
         let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact } };
         let (known, dated) = (BTreeMap::new(), BTreeSet::new());
         let awaits = upgrade.awaits();
         let held = Some(Held::new(upgrade));
-        let mut datapath = Self { pins, shared, counters, ways, events, known, dated, loader, options, layout, held };
+        let mut datapath =
+            Self { pins, shared, counters, ways, events, known, dated, enis, loader, options, layout, held };
         let rotated = rotated.into_iter().map(|(_, why)| why).collect();
         let mut adoption = Adoption { rotated, awaits, ..Default::default() };
         for dir in datapath.pins.pods().map_err(at)? {
@@ -330,26 +335,6 @@ impl Datapath {
     /// The programs of the socket path that are in force, read from the kernel.
     pub fn socket_doors(&self) -> Vec<&'static str> {
         sockets::attached(&self.pins)
-    }
-
-    /// The program for what arrives on a shared ENI. Done again it puts this
-    /// build's program in. The filter belongs to the device and goes with it.
-    pub fn attach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        if let Some(held) = &mut self.held {
-            held.enis.insert(ifindex);
-            return Ok(());
-        }
-        let program = self.shared.eni_ingress()?.fd().map_err(|e| refusal("a loaded program", &e))?;
-        let ingress = [(program.as_fd(), TcxChain::Ingress)];
-        clsact::attach(&ingress, ifindex).map_err(|cause| DatapathError::Eni { ifindex, cause })
-    }
-
-    /// The ENI is no longer shared. Success when there is no such device.
-    pub fn detach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
-        if let Some(held) = &mut self.held {
-            held.enis.remove(&ifindex);
-        }
-        clsact::detach(ifindex, TcxChain::Ingress).map_err(|cause| DatapathError::Eni { ifindex, cause })
     }
 
     /// Detaches what `live` does not want; what was detached comes back.

@@ -65,7 +65,7 @@ impl Node {
     }
 
     fn pins(&self) -> PathBuf {
-        self.bpffs.join("fairway/v2")
+        self.bpffs.join(format!("fairway/v{}", fairway_ebpf_abi::LAYOUT_VERSION))
     }
 
     fn pod_pins(&self) -> Vec<PathBuf> {

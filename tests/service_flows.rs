@@ -18,7 +18,7 @@ use fairway::service::model::Protocol;
 use fairway::service::tend::{Tended, Tender};
 use fairway::sys::clock::monotonic_ns;
 use fairway_ebpf_abi::{
-    Addr, Backend, EVENT_TABLE_FULL, FLOW_CLOSING, FLOW_FORWARD, FLOWS, Flow, FlowKey, LAYOUT_VERSION, MAX_FLOWS,
+    Addr, Backend, EVENT_TABLE_FULL, FLOW_ENDED, FLOW_FORWARD, FLOWS, Flow, FlowKey, LAYOUT_VERSION, MAX_FLOWS,
     SCOPE_INSIDE,
 };
 
@@ -53,9 +53,9 @@ fn flow(table: &mut Table, n: u32, protocol: u8, backend: u32, ages: [u64; 2], f
         _pad: 0,
     };
     let backend_addr = Addr::from_octets4([11, 0, 0, backend as u8]);
-    let to = Flow { last_used: ago(ages[0]), addr: backend_addr, port: 8080u16.to_be(), flags, backend };
+    let to = Flow { last_used: ago(ages[0]), addr: backend_addr, port: 8080u16.to_be(), flags, backend, ..Flow::default() };
     table.insert(key, to, 0).unwrap();
-    let from = Flow { last_used: ago(ages[1]), addr: key.dst, port: key.dport, flags: 0, backend };
+    let from = Flow { last_used: ago(ages[1]), addr: key.dst, port: key.dport, backend, ..Flow::default() };
     table.insert(partner(&key, &to), from, 0).unwrap();
     key
 }
@@ -81,14 +81,14 @@ fn what_has_ended_goes_and_what_is_in_use_stays() {
         flow(&mut table, 2, UDP, 1, [100, 99], 0),
         flow(&mut table, 3, UDP, 1, [200, 20], 0),
         flow(&mut table, 4, TCP, 1, [200, 200], 0),
-        flow(&mut table, 5, TCP, 1, [100, 100], FLOW_CLOSING),
+        flow(&mut table, 5, TCP, 1, [100, 100], FLOW_ENDED),
         // Its backend is gone, and it with it.
         flow(&mut table, 6, TCP, 2, [1, 1], 0),
     ];
     let goes = [
         flow(&mut table, 11, UDP, 1, [31, 31], 0),
         flow(&mut table, 12, UDP, 1, [125, 124], 0),
-        flow(&mut table, 13, TCP, 1, [130, 130], FLOW_CLOSING),
+        flow(&mut table, 13, TCP, 1, [130, 130], FLOW_ENDED),
         flow(&mut table, 14, UDP, 2, [1, 1], 0),
     ];
     let tended = pass(&mut tender(&datapath));

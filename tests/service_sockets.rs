@@ -99,6 +99,60 @@ fn a_pod_reaches_a_backend_once_it_is_known_and_not_when_it_opts_out() {
 }
 
 #[test]
+fn a_node_port_is_on_every_address_of_the_node_and_on_no_pods_loopback() {
+    let test = "a_node_port_is_on_every_address_of_the_node_and_on_no_pods_loopback";
+    let Some(node) = Node::new(test) else { return };
+    let mut datapath = node.with_sockets();
+    let (pod, server) = (TestPod::new(2), TestPod::new(3));
+    pod.attach(&mut datapath, |_| {});
+    server.attach(&mut datapath, |_| {});
+    for own in ["10.8.0.1/32", "10.8.0.9/32"] {
+        datapath_support::ip(&format!("addr add {own} dev lo"));
+    }
+    let node_port = |addr: &str| SocketAddr::new(addr.parse().unwrap(), 30_080);
+    let own = ["10.8.0.1", "10.8.0.9", "127.0.0.1"].map(node_port);
+    datapath.set_node_addresses(&own.map(|a| a.ip())).unwrap();
+    let backend = server.netns.run(|| TcpListener::bind((server.v4, 8080)).unwrap());
+    let mut services = Services::of(&datapath);
+    services.put(1, node_port("0.0.0.0"), TCP, SCOPE_INSIDE, 0, &[backend.local_addr().unwrap()]);
+    backend.set_nonblocking(true).unwrap();
+    let reached = |at: SocketAddr| {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match backend.accept() {
+                Ok((_, from)) => return from.ip(),
+                Err(e) => {
+                    assert!(e.kind() == ErrorKind::WouldBlock && Instant::now() < deadline, "{at}: nobody came: {e}")
+                }
+            }
+            std::thread::yield_now();
+        }
+    };
+    for at in own {
+        let client = TcpStream::connect_timeout(&at, PATIENCE).unwrap();
+        assert_eq!(client.peer_addr().unwrap(), at);
+        reached(at);
+    }
+    for at in &own[..2] {
+        for per_packet in [false, true] {
+            pod.attach(&mut datapath, |way| way.per_packet = per_packet);
+            pod.netns.run(|| TcpStream::connect_timeout(at, PATIENCE).unwrap());
+            assert_eq!(reached(*at), IpAddr::from(pod.v4), "{at} {per_packet}");
+        }
+    }
+    pod.attach(&mut datapath, |_| {});
+    for at in [own[2], node_port("0.0.0.0")] {
+        let error = pod.netns.run(|| TcpStream::connect_timeout(&at, PATIENCE).unwrap_err());
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "nobody listens in the pod: {error}");
+        let listening = pod.netns.run(|| TcpListener::bind(("127.0.0.1", 30_080)).unwrap());
+        pod.netns.run(|| TcpStream::connect_timeout(&at, PATIENCE).unwrap());
+        listening.accept().unwrap();
+    }
+    let unknown = TcpStream::connect_timeout(&node_port("127.0.0.2"), PATIENCE).unwrap_err();
+    assert_eq!(unknown.kind(), ErrorKind::ConnectionRefused, "not one of the node's: {unknown}");
+}
+
+#[test]
 fn nobody_there_is_refused_at_once() {
     let Some(node) = Node::new("nobody_there_is_refused_at_once") else { return };
     let datapath = node.with_sockets();

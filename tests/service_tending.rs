@@ -98,7 +98,7 @@ impl Fake {
         let v4 = |a, n: u32| Addr::from_octets4([a, (n >> 16) as u8, (n >> 8) as u8, n as u8]);
         let key =
             FlowKey { src: v4(10, n), dst: v4(96, 1), sport: 9, dport: 80, protocol, kind: FLOW_FORWARD, _pad: 0 };
-        let to = Flow { last_used: w.now * SECOND, addr: v4(11, backend), port: 8080, flags: 0, backend };
+        let to = Flow { last_used: w.now * SECOND, addr: v4(11, backend), port: 8080, backend, ..Flow::default() };
         w.flows.insert(key, to);
         w.flows.insert(partner(&key, &to), Flow { addr: key.dst, port: key.dport, ..to });
         key

@@ -4,12 +4,12 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
-use fairway_ebpf_abi::{Addr, EVENT_ERROR_TRANSLATED, EVENT_UNWRITABLE, FlowKey};
+use fairway_ebpf_abi::{Addr, EVENT_ERROR_TRANSLATED, EVENT_UNWRITABLE, FLOW_ANSWER, FLOW_OUTSIDE, FlowKey};
 
-use crate::event;
-use crate::flow::{self, FORWARD, REVERSE};
+use crate::flow::{self, FORWARD, REVERSE, Scratch};
 use crate::packet::{ICMP, Packet, SCTP, TCP, UDP};
 use crate::rewrite::{End, ICMP6};
+use crate::{NEXT, event, outside, short};
 
 /// What an error quotes: the packet that caused it.
 struct Quoted {
@@ -153,6 +153,72 @@ fn translate_entering(ctx: &TcContext, packet: &mut Packet) -> Option<bool> {
     let written = quoted.set(ctx, packet, End::Destination, &flow.addr, flow.port).is_some()
         && (!from_backend || packet.set_address(ctx, End::Source, &flow.addr).is_some());
     Some(written)
+}
+
+/// From anywhere to the node, about a flow of a client from outside: about what
+/// was answered to the client, or about what was sent on to a backend. A verdict,
+/// or one of [`outside::ended_by`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn error_arriving(skb: *mut __sk_buff) -> i32 {
+    let ctx = &TcContext::new(skb);
+    let Some(packet) = &mut Packet::parse(ctx) else { return NEXT };
+    let Some(quoted) = Quoted::of(ctx, packet) else { return NEXT };
+    let Some(scratch) = flow::scratch() else { return NEXT };
+    scratch.forward = quoted.answered(FLOW_OUTSIDE);
+    if !flow::find(&scratch.forward, &mut scratch.found) {
+        return about_request(ctx, packet, &quoted, scratch);
+    }
+    // The backend knows itself, and whom it takes for the client.
+    let flow = &scratch.found;
+    let kept = flow.peer == scratch.forward.src;
+    let written = quoted.set(ctx, packet, End::Source, &flow.addr, flow.port).is_some()
+        && quoted.set(ctx, packet, End::Destination, &flow.peer, flow.peer_port).is_some()
+        && packet.set_address(ctx, End::Destination, &flow.addr).is_some();
+    // From a router, whose address the stack forwards, the VPC does not.
+    if written && (kept || short::pod(&flow.addr).is_some()) {
+        event::count(EVENT_ERROR_TRANSLATED);
+        return NEXT;
+    }
+    match written && packet.set_address(ctx, End::Source, &flow.peer).is_some() {
+        true => translated_to_outside(ctx, packet),
+        false => outside::ended_by(EVENT_UNWRITABLE),
+    }
+}
+
+/// From a pod, or a process of the node, that answers a client from outside.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn error_answering(skb: *mut __sk_buff) -> i32 {
+    let ctx = &TcContext::new(skb);
+    let Some(packet) = &mut Packet::parse(ctx) else { return NEXT };
+    let Some(quoted) = Quoted::of(ctx, packet) else { return NEXT };
+    let Some(scratch) = flow::scratch() else { return NEXT };
+    about_request(ctx, packet, &quoted, scratch)
+}
+
+/// About what was sent on to a backend: the client is told, as if the Service did.
+#[inline(always)]
+fn about_request(ctx: &TcContext, packet: &mut Packet, quoted: &Quoted, scratch: &mut Scratch) -> i32 {
+    scratch.reverse = quoted.answered(FLOW_ANSWER);
+    if !flow::find(&scratch.reverse, &mut scratch.found) {
+        return NEXT;
+    }
+    let flow = &scratch.found;
+    // A router in between is not the node's to speak for, and the VPC lets nobody
+    // do so: the node itself says it then.
+    let from = if packet.src == quoted.dst { flow.addr } else { packet.dst };
+    let written = quoted.set(ctx, packet, End::Source, &flow.peer, flow.peer_port).is_some()
+        && quoted.set(ctx, packet, End::Destination, &flow.addr, flow.port).is_some()
+        && packet.set_address(ctx, End::Source, &from).is_some()
+        && packet.set_address(ctx, End::Destination, &flow.peer).is_some();
+    if written { translated_to_outside(ctx, packet) } else { outside::ended_by(EVENT_UNWRITABLE) }
+}
+
+#[inline(always)]
+fn translated_to_outside(ctx: &TcContext, packet: &Packet) -> i32 {
+    event::count(EVENT_ERROR_TRANSLATED);
+    outside::leave(ctx, packet)
 }
 
 /// From a pod, about what a Service answered: the backend knows itself alone.

@@ -1,8 +1,9 @@
 //! Fairway's programs on the packet path, one door each.
 //!
 //! `pod_egress` sees packets that leave a pod, `pod_ingress` packets that enter
-//! it by the stack, `eni_ingress` what enters the node on a shared ENI. Where
-//! they are attached is the loader's business (`src/datapath.rs`). What they have
+//! it by the stack, `eni_ingress` what enters the node on a shared ENI,
+//! `node_ingress` and `node_egress` what passes the ENI with the node's own
+//! addresses. Where they are attached is the loader's business (`src/datapath.rs`). What they have
 //! no opinion about passes on to what follows them in the chain.
 #![no_std]
 #![no_main]
@@ -11,6 +12,7 @@ mod account;
 mod errors;
 mod event;
 mod flow;
+mod outside;
 mod packet;
 mod refuse;
 mod rewrite;
@@ -23,7 +25,7 @@ mod translate;
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use fairway_ebpf_abi::EVENT_SPOOFED;
+use fairway_ebpf_abi::{EVENT_SPOOFED, TRANSLATED_REQUESTS};
 
 use packet::Packet;
 use translate::Outcome;
@@ -62,7 +64,7 @@ pub fn pod_ingress(ctx: TcContext) -> i32 {
     if let Some(link) = short::link(endpoint)
         && let Some(mut packet) = Packet::parse(&ctx)
     {
-        translate::entering(&ctx, &mut packet, link.translated != 0);
+        translate::entering(&ctx, &mut packet, link.translated & TRANSLATED_REQUESTS != 0);
     }
     account::ingress(&ctx, endpoint);
     NEXT
@@ -73,6 +75,23 @@ pub fn eni_ingress(ctx: TcContext) -> i32 {
     match Packet::parse(&ctx) {
         Some(mut packet) => short::arrive(&ctx, &mut packet),
         None => NEXT,
+    }
+}
+
+#[classifier]
+pub fn node_ingress(ctx: TcContext) -> i32 {
+    let Some(mut packet) = Packet::parse(&ctx) else { return NEXT };
+    match short::pod(&packet.dst) {
+        Some(_) => short::arrive(&ctx, &mut packet),
+        None => outside::arrive(&ctx, &packet),
+    }
+}
+
+#[classifier]
+pub fn node_egress(ctx: TcContext) -> i32 {
+    match short::uplink() {
+        Some(uplink) if uplink.translated != 0 => outside::leaving(&ctx),
+        _ => NEXT,
     }
 }
 

@@ -190,6 +190,28 @@ impl Packet {
         }
     }
 
+    /// Of TCP; none when they are not here.
+    #[inline(always)]
+    pub fn tcp_flags(&self, ctx: &TcContext) -> u8 {
+        if self.protocol != TCP || self.later_fragment {
+            return 0;
+        }
+        match at::<[u8; 14]>(ctx, self.transport) {
+            Some(header) => header[13],
+            None => 0,
+        }
+    }
+
+    /// Or to nobody.
+    #[inline(always)]
+    pub fn to_loopback(&self) -> bool {
+        let words = self.dst.words;
+        match self.v4 {
+            true => matches!(u32::from_be(words[3]) >> 24, 0 | 127),
+            false => words[..3] == [0; 3] && u32::from_be(words[3]) <= 1,
+        }
+    }
+
     /// Whether this opens a TCP connection, from either side. A header that is
     /// not whole counts as one: the stack judges it.
     #[inline(always)]

@@ -93,6 +93,23 @@ impl Packet {
     }
 }
 
+impl Packet {
+    /// One router on its way more. There must be a hop left.
+    #[inline(always)]
+    pub fn hop(&self, ctx: &TcContext) -> Option<()> {
+        let left = self.hops.wrapping_sub(1);
+        if !self.v4 {
+            const HOP_LIMIT: usize = 21;
+            return ctx.store(HOP_LIMIT, &left, u64::from(BPF_F_RECOMPUTE_CSUM)).ok();
+        }
+        const TIME_TO_LIVE: usize = 22;
+        // The first byte of a word of which the second is the protocol.
+        let word = |hops: u8| u64::from(u16::from_ne_bytes([hops, 0]));
+        ctx.l3_csum_replace(IP_CHECKSUM, word(self.hops), word(left), 2).ok()?;
+        ctx.store(TIME_TO_LIVE, &left, 0).ok()
+    }
+}
+
 pub const ICMP6: u8 = 58;
 
 #[inline(always)]

@@ -9,11 +9,12 @@ use aya_ebpf::btf_maps::{HashMap, LpmTrie, LruHashMap, lpm_trie::Key};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::macros::btf_map;
 use fairway_ebpf_abi::{
-    Addr, Affinity, AffinityKey, BACKEND_DRAINING, Backend, FRONTEND_AFFINITY, FRONTEND_RANGES, Frontend, FrontendKey,
-    MAX_AFFINITIES, MAX_BACKENDS, MAX_FRONTENDS, MAX_SOURCE_RANGES, RangeKey, SlotKey,
+    ANY_NODE4, ANY_NODE6, Addr, Affinity, AffinityKey, BACKEND_DRAINING, Backend, FRONTEND_AFFINITY, FRONTEND_RANGES,
+    Frontend, FrontendKey, MAX_AFFINITIES, MAX_BACKENDS, MAX_FRONTENDS, MAX_SOURCE_RANGES, RangeKey, SlotKey,
 };
 
 use crate::account::NO_PREALLOC;
+use crate::short;
 
 #[btf_map]
 static FRONTENDS: HashMap<FrontendKey, Frontend, { MAX_FRONTENDS as usize }, NO_PREALLOC> = HashMap::new();
@@ -37,6 +38,20 @@ pub fn frontend(key: &FrontendKey) -> Option<&'static Frontend> {
     // SAFETY: entries are replaced whole, never written in place; a removed one
     // stays valid until the program ends (not preallocated).
     unsafe { FRONTENDS.get(key) }
+}
+
+/// As [`frontend`], and an address of the node stands for all of them. `key` is
+/// what was found afterwards.
+#[inline(always)]
+pub fn frontend_or_node_port(key: &mut FrontendKey) -> Option<&'static Frontend> {
+    match frontend(key) {
+        Some(frontend) => Some(frontend),
+        None if short::is_node(&key.addr) => {
+            key.addr = if key.addr.is_v4() { ANY_NODE4 } else { ANY_NODE6 };
+            frontend(key)
+        }
+        None => None,
+    }
 }
 
 /// A backend by its id: gone when it is no longer one.

@@ -8,12 +8,13 @@
 //! one who hands over counts and translates for it.
 
 use aya_ebpf::bindings::{bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1};
-use aya_ebpf::btf_maps::HashMap;
+use aya_ebpf::btf_maps::{Array, HashMap};
 use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{
-    Addr, Endpoint, LINK_SHORT, Link, MAX_ENDPOINTS, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, POD_SHORT, Pod,
+    Addr, Endpoint, LINK_SHORT, Link, MAX_ENDPOINTS, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, POD_AWAY, POD_SHORT, Pod,
+    TRANSLATED_ANSWERS, TRANSLATED_REQUESTS, Uplink,
 };
 
 use crate::NEXT;
@@ -30,6 +31,9 @@ static PODS: HashMap<Addr, Pod, { MAX_POD_ADDRESSES as usize }, NO_PREALLOC> = H
 #[btf_map]
 static NODE: HashMap<Addr, u32, { MAX_NODE_ADDRESSES as usize }, NO_PREALLOC> = HashMap::new();
 
+#[btf_map]
+static UPLINK: Array<Uplink, 1> = Array::new();
+
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 
@@ -42,30 +46,55 @@ pub fn link(endpoint: Endpoint) -> Option<&'static Link> {
 }
 
 #[inline(always)]
-fn pod(addr: &Addr) -> Option<&'static Pod> {
+pub fn pod(addr: &Addr) -> Option<&'static Pod> {
     // SAFETY: as in `link`.
     unsafe { PODS.get(addr) }
 }
 
 #[inline(always)]
-fn is_node(addr: &Addr) -> bool {
+pub fn is_node(addr: &Addr) -> bool {
     NODE.get_ptr(addr).is_some()
 }
 
-/// From now on all packets of this pod are looked at.
+/// The device with the node's own addresses.
 #[inline(always)]
-pub fn mark_translated(endpoint: Endpoint, link: &Link) {
-    // SAFETY: values of the maps; every writer here writes the same number.
+pub fn uplink() -> Option<&'static Uplink> {
+    let uplink = UPLINK.get(0)?;
+    (uplink.ifindex != 0).then_some(uplink)
+}
+
+/// Packets of this pod are looked at from now on: `TRANSLATED_*`.
+#[inline(always)]
+pub fn mark_translated(endpoint: Endpoint, link: &Link, how: u32) {
+    // SAFETY: values of the maps; of writers at once with different bits one may
+    // lose, and the next packet writes again.
     unsafe {
         if let Some(link) = LINKS.get_ptr_mut(&endpoint) {
-            (*link).translated = 1;
+            (*link).translated |= how;
         }
         for addr in [&link.v4, &link.v6] {
             if let Some(pod) = PODS.get_ptr_mut(addr) {
-                (*pod).translated = 1;
+                (*pod).translated |= how;
             }
         }
     }
+}
+
+/// The same of the node's own processes.
+#[inline(always)]
+pub fn mark_node_answers() {
+    if let Some(uplink) = UPLINK.get_ptr_mut(0) {
+        // SAFETY: a value of the map; every writer here writes the same number.
+        unsafe { (*uplink).translated = TRANSLATED_ANSWERS };
+    }
+}
+
+/// Out of a device as the node's own packets go, whoever the source is: the stack
+/// would not forward what has an address of the node for its source.
+#[inline(always)]
+pub fn out_of(ifindex: u32) -> i32 {
+    // SAFETY: takes numbers, and no description of a next hop.
+    unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 }
 }
 
 /// Whether the packet comes from the pod behind this link. IPv6 link-local
@@ -102,7 +131,9 @@ pub fn leave(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Option<i32> {
     if link.flags & LINK_SHORT == 0 || packet.hops <= 1 || packet.opens_tcp(ctx) || stays_here(packet) {
         return None;
     }
-    if let Some(pod) = pod(&packet.dst) {
+    if let Some(pod) = pod(&packet.dst)
+        && pod.flags & POD_AWAY == 0
+    {
         return hand_over(ctx, pod, packet);
     }
     if is_node(&packet.dst) {
@@ -140,7 +171,7 @@ fn hand_over(ctx: &TcContext, pod: &Pod, packet: &mut Packet) -> Option<i32> {
     if pod.flags & POD_SHORT == 0 {
         return None;
     }
-    translate::entering(ctx, packet, pod.translated != 0);
+    translate::entering(ctx, packet, pod.translated & TRANSLATED_REQUESTS != 0);
     account::short_ingress(ctx, pod.endpoint);
     // SAFETY: takes two numbers.
     Some(unsafe { bpf_redirect_peer(pod.ifindex, 0) } as i32)

@@ -40,6 +40,16 @@ const MPTCP: u32 = 262;
 const LOOPBACK4: Addr = Addr::from_octets4([127, 0, 0, 1]);
 const LOOPBACK6: Addr = Addr::from_octets6([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
 
+/// The unspecified address means the same to a process.
+#[inline(always)]
+fn is_loopback(addr: &Addr) -> bool {
+    if addr.is_v4() {
+        matches!(u32::from_be(addr.words[3]) >> 24, 0 | 127)
+    } else {
+        *addr == LOOPBACK6 || *addr == Addr::v6([0; 4])
+    }
+}
+
 /// The address a call is about, as the process sees it.
 #[derive(Clone, Copy)]
 struct Peer {
@@ -116,8 +126,12 @@ fn resolve(ctx: &SockAddrContext, to: Peer, hash: impl FnOnce() -> u32) -> Optio
     if !here {
         return None;
     }
-    let key = FrontendKey { addr: to.addr, port: to.port, protocol, scope: SCOPE_INSIDE };
-    let frontend = service::frontend(&key)?;
+    let mut key = FrontendKey { addr: to.addr, port: to.port, protocol, scope: SCOPE_INSIDE };
+    // A pod's loopback is its own, not the node's.
+    let frontend = match flags & NETNS_NODE == 0 && is_loopback(&to.addr) {
+        true => return None,
+        false => service::frontend_or_node_port(&mut key)?,
+    };
     if frontend.flags & FRONTEND_RANGES != 0 && flags & NETNS_NODE == 0 {
         // Which of the pod's addresses it comes from is not known here.
         return None;

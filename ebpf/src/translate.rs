@@ -9,13 +9,15 @@
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{
     AFFINITY_ADDRESS, Addr, AffinityKey, EVENT_CHOSEN, EVENT_MOVED, EVENT_NOT_ADMITTED, EVENT_REFUSED,
-    EVENT_TABLE_FULL, EVENT_UNWRITABLE, Frontend, FrontendKey, HAIRPIN4, HAIRPIN6, Link, SCOPE_INSIDE,
+    EVENT_TABLE_FULL, EVENT_UNWRITABLE, Fragment, Frontend, FrontendKey, HAIRPIN4, HAIRPIN6, Link, SCOPE_INSIDE,
+    TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
 };
 
 use crate::flow::{self, FORWARD, Made, REVERSE, Scratch};
+use crate::outside::Door;
 use crate::packet::{ICMP, Packet, Ports, SCTP, TCP, UDP};
 use crate::rewrite::{End, ICMP6};
-use crate::{NEXT, account, errors, event, refuse, service, short};
+use crate::{NEXT, account, errors, event, outside, refuse, service, short};
 
 /// What became of a packet.
 pub enum Outcome {
@@ -37,9 +39,15 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
         TCP if link.translated != 0 || packet.opens_tcp(ctx) => {}
         ICMP | ICMP6 => {
             // It may be for somebody else now: the stack knows the way.
-            return if errors::leaving(ctx) { Outcome::Ends(NEXT) } else { Outcome::On };
+            if errors::leaving(ctx) {
+                return Outcome::Ends(NEXT);
+            }
+            return answering(ctx, link, packet);
         }
         _ => return Outcome::On,
+    }
+    if let Outcome::Ends(verdict) = answering(ctx, link, packet) {
+        return Outcome::Ends(verdict);
     }
     if packet.later_fragment {
         return follow_first(ctx, packet);
@@ -51,11 +59,13 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
     }
     (scratch.src, scratch.dst) = (packet.src, packet.dst);
     if packet.dst == HAIRPIN4 || packet.dst == HAIRPIN6 {
-        return back_to_oneself(ctx, link, packet, ports, scratch);
+        let own = if packet.v4 { &link.v4 } else { &link.v6 };
+        return Outcome::Ends(back_to_oneself(ctx, own, packet, scratch));
     }
     scratch.forward = flow::key(packet, ports, FORWARD);
     let opens = packet.protocol == TCP && packet.opens_tcp(ctx);
-    let known = !opens && link.translated != 0 && flow::find(&scratch.forward, &mut scratch.found);
+    let known =
+        !opens && link.translated & TRANSLATED_REQUESTS != 0 && flow::find(&scratch.forward, &mut scratch.found);
     // A TCP connection stays with its backend to the end.
     if known && (packet.protocol == TCP || service::backend(scratch.found.backend).is_some()) {
         scratch.client = client_of(packet, &scratch.found.addr);
@@ -65,7 +75,7 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
     } else {
         scratch.frontend =
             FrontendKey { addr: packet.dst, port: ports.destination, protocol: packet.protocol, scope: SCOPE_INSIDE };
-        let Some(frontend) = service::frontend(&scratch.frontend) else { return answering(ctx, packet, ports) };
+        let Some(frontend) = service::frontend_or_node_port(&mut scratch.frontend) else { return Outcome::On };
         if known {
             event::count(EVENT_MOVED);
         }
@@ -79,21 +89,21 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
         }
     }
     // Where to, by now, is what answers will come from.
-    let (to, client) = (scratch.reverse.src, scratch.client);
-    let written = packet.set_address(ctx, End::Destination, &to).is_some()
-        && packet.set_port(ctx, End::Destination, ports.destination, scratch.reverse.sport).is_some()
-        && (client == packet.src || packet.set_address(ctx, End::Source, &client).is_some());
+    let (to, client) = (&scratch.reverse, &scratch.client);
+    let written = packet.set_address(ctx, End::Destination, &to.src).is_some()
+        && packet.set_port(ctx, End::Destination, ports.destination, to.sport).is_some()
+        && (*client == packet.src || packet.set_address(ctx, End::Source, client).is_some());
     if !written {
         event::tell(ctx, EVENT_UNWRITABLE);
         return Outcome::Ends(account::drop());
     }
     if packet.first_fragment {
-        flow::remember_fragment(scratch.src, scratch.dst, packet);
+        flow::remember_fragment(scratch.src, scratch.dst, packet, FORWARD);
     }
-    if link.translated == 0 {
-        short::mark_translated(account::endpoint(ctx), link);
+    if link.translated & TRANSLATED_REQUESTS == 0 {
+        short::mark_translated(account::endpoint(ctx), link, TRANSLATED_REQUESTS);
     }
-    if client != scratch.src { Outcome::Ends(refuse::to_sender(ctx)) } else { Outcome::On }
+    if *client != scratch.src { Outcome::Ends(refuse::to_sender(ctx)) } else { Outcome::On }
 }
 
 /// Who the backend sees: the pod, or somebody else when the pod talks to itself.
@@ -134,23 +144,29 @@ fn admit(packet: &Packet, frontend: &Frontend, scratch: &mut Scratch) -> u32 {
 /// The pod answers somebody whom the node has brought to it (a node port, a load
 /// balancer's address): the answer comes from there.
 #[inline(always)]
-fn answering(_ctx: &TcContext, _packet: &mut Packet, _ports: Ports) -> Outcome {
-    Outcome::On
+fn answering(ctx: &TcContext, link: &Link, packet: &Packet) -> Outcome {
+    if link.translated & TRANSLATED_ANSWERS == 0 {
+        return Outcome::On;
+    }
+    match outside::answer(ctx, packet, Door::Answer) {
+        NEXT => Outcome::On,
+        verdict => Outcome::Ends(verdict),
+    }
 }
 
-/// The pod answers itself.
-#[inline(always)]
-fn back_to_oneself(ctx: &TcContext, link: &Link, packet: &mut Packet, ports: Ports, scratch: &mut Scratch) -> Outcome {
-    let own = if packet.v4 { link.v4 } else { link.v6 };
+/// The pod answers itself. A function of its own for the stack's sake.
+#[inline(never)]
+fn back_to_oneself(ctx: &TcContext, own: &Addr, packet: &mut Packet, scratch: &mut Scratch) -> i32 {
+    let ports = packet.ports(ctx);
     scratch.reverse = flow::key(packet, ports, REVERSE);
     if !flow::find(&scratch.reverse, &mut scratch.found) {
-        return Outcome::Ends(account::drop());
+        return account::drop();
     }
     let flow = &scratch.found;
     let written = packet.set_address(ctx, End::Source, &flow.addr).is_some()
         && packet.set_port(ctx, End::Source, ports.source, flow.port).is_some()
-        && packet.set_address(ctx, End::Destination, &own).is_some();
-    Outcome::Ends(if written { refuse::to_sender(ctx) } else { account::drop() })
+        && packet.set_address(ctx, End::Destination, own).is_some();
+    if written { refuse::to_sender(ctx) } else { account::drop() }
 }
 
 /// A packet that enters a pod; `translated` when packets of it have been.
@@ -172,8 +188,10 @@ pub fn entering(ctx: &TcContext, packet: &mut Packet, translated: bool) {
 #[inline(never)]
 fn answered(ctx: &TcContext, packet: &mut Packet) -> bool {
     if packet.later_fragment {
-        let _ = follow_first(ctx, packet);
-        return true;
+        return match flow::fragment(packet, REVERSE) {
+            Some(to) => follow(ctx, packet, to),
+            None => true,
+        };
     }
     let Some(scratch) = flow::scratch() else { return true };
     let ports = packet.ports(ctx);
@@ -189,7 +207,7 @@ fn answered(ctx: &TcContext, packet: &mut Packet) -> bool {
     let written = packet.set_address(ctx, End::Source, &flow.addr).is_some()
         && packet.set_port(ctx, End::Source, ports.source, flow.port).is_some();
     if written && packet.first_fragment {
-        flow::remember_fragment(scratch.src, scratch.dst, packet);
+        flow::remember_fragment(scratch.src, scratch.dst, packet, REVERSE);
     }
     written
 }
@@ -197,8 +215,18 @@ fn answered(ctx: &TcContext, packet: &mut Packet) -> bool {
 /// A later fragment goes where the first one went.
 #[inline(always)]
 fn follow_first(ctx: &TcContext, packet: &mut Packet) -> Outcome {
-    let Some(to) = flow::fragment(packet) else { return Outcome::On };
-    let written = (to.src == packet.src || packet.set_address(ctx, End::Source, &to.src).is_some())
-        && (to.dst == packet.dst || packet.set_address(ctx, End::Destination, &to.dst).is_some());
-    if written { Outcome::On } else { Outcome::Ends(account::drop()) }
+    let Some(to) = flow::fragment(packet, FORWARD) else { return Outcome::On };
+    let hairpin = to.src != packet.src;
+    match follow(ctx, packet, to) {
+        false => Outcome::Ends(account::drop()),
+        true if hairpin => Outcome::Ends(refuse::to_sender(ctx)),
+        true => Outcome::On,
+    }
+}
+
+/// Whether it could be written.
+#[inline(always)]
+pub fn follow(ctx: &TcContext, packet: &mut Packet, to: &Fragment) -> bool {
+    (to.src == packet.src || packet.set_address(ctx, End::Source, &to.src).is_some())
+        && (to.dst == packet.dst || packet.set_address(ctx, End::Destination, &to.dst).is_some())
 }

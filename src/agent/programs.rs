@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::datapath::flows::KernelFlows;
 use crate::datapath::services::KernelMaps;
-use crate::datapath::{Datapath, DatapathError, Device, Way};
+use crate::datapath::{Datapath, DatapathError, Device, Uplink, Way};
 use crate::model::{AttachMode, AttachmentId, Lease};
 use crate::netns::{Attachment, Placed, PodPrograms};
 use crate::sys::netns::Netns;
@@ -21,11 +21,18 @@ pub struct Programs {
     datapath: Mutex<Datapath>,
     /// Pods' packets may pass by the node's stack.
     fast_path: bool,
+    /// Clients from outside are brought to Services.
+    services: bool,
 }
 
 impl Programs {
     pub fn new(datapath: Datapath, fast_path: bool) -> Self {
-        Self { datapath: Mutex::new(datapath), fast_path }
+        Self { datapath: Mutex::new(datapath), fast_path, services: true }
+    }
+
+    /// Services are somebody else's on this node.
+    pub fn without_services(self) -> Self {
+        Self { services: false, ..self }
     }
 
     fn way(&self, of: &Attachment<'_>) -> Way {
@@ -36,6 +43,8 @@ impl Programs {
             gateway4: subnet.gateway4,
             gateway6: subnet.gateway6,
             eni: of.shared_eni,
+            host_link: Some(of.host_ifindex)
+                .filter(|i| *i != 0 && lease.mode == AttachMode::Exclusive && self.services),
             cookie: of.netns_cookie,
             per_packet: lease.traffic.per_packet,
             short: self.fast_path && of.shared_eni.is_some() && !lease.traffic.host_ports,
@@ -152,7 +161,8 @@ impl PodPrograms for Programs {
         let way = self.way(to);
         self.on_device(to, |datapath, device| {
             datapath.attach(&to.lease.attachment, to.lease.mode, device)?;
-            datapath.lead(&to.lease.attachment, &way)
+            datapath.lead(&to.lease.attachment, &way)?;
+            way.host_link.map_or(Ok(()), |link| datapath.attach_link(link))
         })?;
         Ok(Placed::Yes)
     }
@@ -184,5 +194,14 @@ impl PodPrograms for Programs {
 
     fn node_addresses(&self, addresses: &[IpAddr]) -> Result<(), String> {
         self.datapath.lock().set_node_addresses(addresses).map_err(|e| e.to_string())
+    }
+
+    fn uplink(&self, device: Option<(u32, &[IpAddr])>) -> Result<(), String> {
+        let uplink = device.filter(|_| self.services).map(|(ifindex, own)| Uplink {
+            ifindex,
+            v4: own.iter().find_map(|ip| if let IpAddr::V4(v4) = ip { Some(*v4) } else { None }),
+            v6: own.iter().find_map(|ip| if let IpAddr::V6(v6) = ip { Some(*v6) } else { None }),
+        });
+        self.datapath.lock().set_uplink(uplink).map_err(|e| e.to_string())
     }
 }

@@ -16,9 +16,9 @@ use fairway_ebpf_abi::{
     AFFINITIES, Addr, Affinity, AffinityKey, BACKENDS, Backend, COUNTERS, Counters, ENDPOINT, ENI_INGRESS, EVENT_COUNT,
     EVENTS, Endpoint, FLOWS, FRAGMENTS, FRONTENDS, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, IN_POD,
     LINKS, Link, MAX_AFFINITIES, MAX_BACKENDS, MAX_ENDPOINTS, MAX_FLOWS, MAX_FRAGMENTS, MAX_FRONTENDS, MAX_NAMESPACES,
-    MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, NAMESPACES, NODE, ORIGINALS, Original,
-    PACES, POD_EGRESS, POD_INGRESS, PODS, Pace, Pod, SAMPLES, SAMPLES_SIZE, SLOTS, SOCKETS, SOURCE_RANGES, SlotKey,
-    SocketKey, TrieKey,
+    MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, NAMESPACES, NODE, NODE_EGRESS, NODE_INGRESS,
+    ORIGINALS, Original, PACES, POD_EGRESS, POD_INGRESS, PODS, Pace, Pod, SAMPLES, SAMPLES_SIZE, SLOTS, SOCKETS,
+    SOURCE_RANGES, SlotKey, SocketKey, TrieKey, UPLINK, Uplink,
 };
 
 use super::hook::{Direction, Place, chain};
@@ -41,7 +41,7 @@ struct MapSpec {
 }
 
 /// Every pinned map.
-const MAPS: [MapSpec; 17] = [
+const MAPS: [MapSpec; 18] = [
     hash::<Endpoint, Counters>(COUNTERS, MAX_ENDPOINTS).of_type(MapType::PerCpuHash),
     hash::<Endpoint, Link>(LINKS, MAX_ENDPOINTS),
     hash::<Addr, Pod>(PODS, MAX_POD_ADDRESSES),
@@ -56,6 +56,7 @@ const MAPS: [MapSpec; 17] = [
     MapSpec { flags: 0, ..hash::<FlowKey, Flow>(FLOWS, MAX_FLOWS) },
     lru::<FragmentKey, Fragment>(FRAGMENTS, MAX_FRAGMENTS),
     MapSpec { flags: 0, ..hash::<u32, u64>(EVENTS, EVENT_COUNT).of_type(MapType::PerCpuArray) },
+    MapSpec { flags: 0, ..hash::<u32, Uplink>(UPLINK, 1).of_type(MapType::Array) },
     MapSpec { flags: 0, ..hash::<u32, Pace>(PACES, EVENT_COUNT).of_type(MapType::PerCpuArray) },
     MapSpec { flags: 0, ..hash::<(), ()>(SAMPLES, SAMPLES_SIZE).of_type(MapType::RingBuf) },
     MapSpec { max_entries: 0, ..hash::<i32, Original>(ORIGINALS, 0).of_type(MapType::SkStorage) },
@@ -218,7 +219,9 @@ impl Loader {
             programs.get(direction)?.load().map_err(|e| refusal(name_of(direction), &e))?;
         }
         if endpoint == 0 {
-            programs.eni_ingress()?.load().map_err(|e| refusal(ENI_INGRESS, &e))?;
+            for name in [ENI_INGRESS, NODE_INGRESS, NODE_EGRESS] {
+                programs.named(name)?.load().map_err(|e| refusal(name, &e))?;
+            }
         }
         Ok(programs)
     }
@@ -236,20 +239,17 @@ impl Programs {
 
     /// Both programs of a pod, with the chains they go to.
     pub(super) fn pair(&self, place: Place) -> Result<[(BorrowedFd<'_>, TcxChain); 2], DatapathError> {
-        let fd = |direction| {
-            let name = name_of(direction);
-            let program = self.object.program(name).ok_or(ProgramError::NotLoaded);
-            let program: &SchedClassifier =
-                program.and_then(|p| p.try_into()).map_err(|e: ProgramError| refusal(name, &e))?;
-            let fd = program.fd().map_err(|e| refusal(name, &e))?;
-            Ok((fd.as_fd(), chain(place, direction)))
-        };
+        let fd = |direction| Ok((self.classifier(name_of(direction))?, chain(place, direction)));
         let [egress, ingress] = Direction::BOTH;
         Ok([fd(egress)?, fd(ingress)?])
     }
 
-    pub(super) fn eni_ingress(&mut self) -> Result<&mut SchedClassifier, DatapathError> {
-        self.named(ENI_INGRESS)
+    /// A program of a device, loaded.
+    pub(super) fn classifier(&self, name: &str) -> Result<BorrowedFd<'_>, DatapathError> {
+        let program = self.object.program(name).ok_or(ProgramError::NotLoaded);
+        let program: &SchedClassifier =
+            program.and_then(|p| p.try_into()).map_err(|e: ProgramError| refusal(name, &e))?;
+        program.fd().map(AsFd::as_fd).map_err(|e| refusal(name, &e))
     }
 
     /// A program of the socket path, loaded.

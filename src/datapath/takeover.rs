@@ -13,7 +13,7 @@ use super::entry::Entry;
 use super::hook::{Direction, Place};
 use super::pins::{self, pin_of};
 use super::upgrade::Upgrade;
-use super::{Datapath, DatapathError, Via, clsact, sockets};
+use super::{Datapath, DatapathError, Uplink, Via, clsact, sockets};
 use crate::model::AttachmentId;
 use crate::sys::bpf;
 
@@ -25,13 +25,23 @@ pub(super) struct Held {
     pub earlier: BTreeSet<AttachmentId>,
     /// The root of the cgroup tree, once asked for.
     pub sockets: Option<PathBuf>,
-    /// ENIs that were asked for.
+    /// What was asked for meanwhile: ENIs, links of pods with an ENI of their own,
+    /// and which device is the node's own.
     pub enis: BTreeSet<u32>,
+    pub links: BTreeSet<u32>,
+    pub uplink: Option<Option<Uplink>>,
 }
 
 impl Held {
     pub(super) fn new(upgrade: Upgrade) -> Self {
-        Self { upgrade, earlier: BTreeSet::new(), sockets: None, enis: BTreeSet::new() }
+        Self {
+            upgrade,
+            earlier: BTreeSet::new(),
+            sockets: None,
+            enis: BTreeSet::new(),
+            links: BTreeSet::new(),
+            uplink: None,
+        }
     }
 }
 
@@ -78,12 +88,21 @@ impl Datapath {
         if let Some(root) = &held.sockets {
             sockets::attach(&self.pins, &mut self.shared, root)?;
         }
+        if let Some(uplink) = held.uplink {
+            self.set_uplink(uplink)?;
+        }
+        // Devices that have gone meanwhile are nobody's loss.
         for ifindex in &held.enis {
-            // One that has gone meanwhile is nobody's loss.
             if let Err(e) = self.attach_eni(*ifindex) {
                 tracing::warn!(ifindex, error = %e, "An ENI's program cannot be taken over");
             }
         }
+        for ifindex in &held.links {
+            if let Err(e) = self.attach_link(*ifindex) {
+                tracing::warn!(ifindex, error = %e, "A link's program cannot be taken over");
+            }
+        }
+        self.renew_links()?;
         // And what the old programs wrote while they were being replaced.
         let maps = |cause| DatapathError::Pins { path: self.pins.map(""), cause };
         held.upgrade.convert(&self.pins, &layout, true).map_err(maps)?;

@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::maps::{HashMap, MapData, MapError};
 use fairway_ebpf_abi::{
-    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_SHORT,
-    PODS, Pod,
+    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_AWAY,
+    POD_SHORT, PODS, Pod, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
 };
 
 use super::DatapathError;
@@ -26,6 +26,9 @@ pub struct Way {
     pub gateway6: Option<Ipv6Addr>,
     /// Interface index of the shared ENI; none for a pod with its own.
     pub eni: Option<u32>,
+    /// Interface index of the link to the node of a pod with an ENI of its own, when
+    /// it is known.
+    pub host_link: Option<u32>,
     /// Of the pod's network namespace.
     pub cookie: Option<u64>,
     /// Services are resolved packet by packet, never when a process connects.
@@ -78,7 +81,8 @@ impl Ways {
         };
         let old = found(self.links.get(&endpoint, 0))?;
         // Its connections go on.
-        link.translated = old.map_or(self.begun_anew.into(), |old| old.translated);
+        let unknown = if self.begun_anew { TRANSLATED_REQUESTS | TRANSLATED_ANSWERS } else { 0 };
+        link.translated = old.map_or(unknown, |old| old.translated);
         if let Some(old) = old
             && (old.v4, old.v6, old.cookie) != (link.v4, link.v6, link.cookie)
         {
@@ -89,10 +93,13 @@ impl Ways {
             let flags = NETNS_POD | if way.per_packet { NETNS_PER_PACKET } else { 0 };
             self.namespaces.insert(cookie, flags, 0).map_err(DatapathError::Ways)?;
         }
-        // Those with an ENI of their own are reached through the VPC.
-        let flags = if way.short && !way.limited { POD_SHORT } else { 0 };
-        for addr in addresses(&link).filter(|_| way.eni.is_some()) {
-            let pod = Pod { endpoint, ifindex: endpoint, flags, translated: link.translated };
+        let (ifindex, flags) = match (way.eni, way.host_link) {
+            (Some(_), _) => (endpoint, if way.short && !way.limited { POD_SHORT } else { 0 }),
+            (None, Some(link)) => (link, POD_AWAY),
+            (None, None) => return Ok(()),
+        };
+        for addr in addresses(&link) {
+            let pod = Pod { endpoint, ifindex, flags, translated: link.translated };
             self.pods.insert(addr, pod, 0).map_err(DatapathError::Ways)?;
         }
         Ok(())

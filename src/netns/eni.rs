@@ -183,11 +183,29 @@ impl Desk {
         Ok(state)
     }
 
-    /// Tells the programs which addresses are the node's own.
+    /// Tells the programs which addresses are the node's own, and which device
+    /// carries what the node itself sends.
     pub(super) fn tell_addresses(&mut self) -> Result<(), NlError> {
         let addresses = read::all_addresses(&mut self.nl)?;
-        let told = self.shared.programs.node_addresses(&addresses);
+        let uplink = self.uplink()?;
+        let programs = &self.shared.programs;
+        let told = programs.node_addresses(&addresses);
+        let told = told.and_then(|()| programs.uplink(uplink.as_ref().map(|(index, own)| (*index, own.as_slice()))));
         told.map_err(|cause| NlError { what: "the node's addresses".to_owned(), errno: 0, cause })
+    }
+
+    /// The device of the default route, IPv4's if there is one, with its global
+    /// addresses; the one that the node prefers for its source goes first.
+    fn uplink(&mut self) -> Result<Option<(u32, Vec<IpAddr>)>, NlError> {
+        let routes = read::routes(&mut self.nl, MAIN, None)?;
+        let mut ways: Vec<_> = routes.iter().filter(|p| p.to.prefix_len() == 0 && p.index != 0 && !p.ours).collect();
+        ways.sort_by_key(|p| p.to.addr().is_ipv6());
+        let Some(first) = ways.first() else { return Ok(None) };
+        let found = read::addresses(&mut self.nl, first.index)?;
+        let mut own: Vec<IpAddr> = found.iter().filter(|a| a.global).map(|a| a.net.addr()).collect();
+        let preferred: Vec<IpAddr> = ways.iter().filter(|p| p.index == first.index).filter_map(|p| p.source).collect();
+        own.sort_by_key(|ip| !preferred.contains(ip));
+        Ok(Some((first.index, own)))
     }
 
     /// The node's own address towards the VPC.

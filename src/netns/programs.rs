@@ -49,6 +49,9 @@ pub trait PodPrograms: Send + Sync {
     fn eni_gone(&self, ifindex: u32) -> Result<(), String>;
     /// All addresses of the node itself, whenever they have changed.
     fn node_addresses(&self, addresses: &[IpAddr]) -> Result<(), String>;
+    /// The device of the node's default route and the node's addresses on it, after
+    /// each [`Self::node_addresses`]; none while there is no such route.
+    fn uplink(&self, device: Option<(u32, &[IpAddr])>) -> Result<(), String>;
 }
 
 /// No programs.
@@ -75,6 +78,9 @@ impl PodPrograms for NoPrograms {
         Ok(())
     }
     fn node_addresses(&self, _: &[IpAddr]) -> Result<(), String> {
+        Ok(())
+    }
+    fn uplink(&self, _: Option<(u32, &[IpAddr])>) -> Result<(), String> {
         Ok(())
     }
 }

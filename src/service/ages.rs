@@ -8,7 +8,9 @@
 //! its Service has not changed: so when room is short, what has been silent
 //! longest goes before its time.
 
-use fairway_ebpf_abi::{Addr, FLOW_FORWARD, FLOW_REVERSE, Flow, FlowKey, HAIRPIN4, HAIRPIN6};
+use fairway_ebpf_abi::{
+    Addr, FLOW_ANSWER, FLOW_ENDED, FLOW_FORWARD, FLOW_OUTSIDE, FLOW_REVERSE, Flow, FlowKey, HAIRPIN4, HAIRPIN6,
+};
 
 pub const SECOND: u64 = 1_000_000_000;
 
@@ -18,7 +20,7 @@ const SCTP: u8 = 132;
 
 /// An established connection (RFC 5382, REQ-5: no less than 2 h 4 min).
 const TCP_IDLE: u64 = 7440;
-/// One of which a FIN or RST has been seen.
+/// One of which both ends have said that they will send no more.
 const TCP_CLOSING: u64 = 120;
 /// A question and its answer.
 const UDP_ONCE: u64 = 30;
@@ -31,35 +33,39 @@ const LEAST: u64 = 15;
 
 /// What goes with an entry: the other direction of its flow.
 pub fn partner(key: &FlowKey, flow: &Flow) -> FlowKey {
-    let forward = key.kind == FLOW_FORWARD;
+    let of = |src, dst, sport, dport, kind| FlowKey { src, dst, sport, dport, protocol: key.protocol, kind, _pad: 0 };
     // A pod that talks to itself is seen by itself as somebody else.
-    let hairpin = |addr: &Addr| *addr == HAIRPIN4 || *addr == HAIRPIN6;
-    let (src, dst) = if forward {
-        let client = if flow.addr != key.src {
-            key.src
-        } else if key.src.is_v4() {
-            HAIRPIN4
-        } else {
-            HAIRPIN6
-        };
-        (flow.addr, client)
-    } else {
-        (if hairpin(&key.dst) { key.src } else { key.dst }, flow.addr)
+    let is_hairpin = |addr: &Addr| *addr == HAIRPIN4 || *addr == HAIRPIN6;
+    let seen = match (flow.addr == key.src, key.src.is_v4()) {
+        (false, _) => key.src,
+        (true, true) => HAIRPIN4,
+        (true, false) => HAIRPIN6,
     };
-    let (sport, dport) = if forward { (flow.port, key.sport) } else { (key.dport, flow.port) };
-    let kind = if forward { FLOW_REVERSE } else { FLOW_FORWARD };
-    FlowKey { src, dst, sport, dport, protocol: key.protocol, kind, _pad: 0 }
+    match key.kind {
+        FLOW_FORWARD => of(flow.addr, seen, flow.port, key.sport, FLOW_REVERSE),
+        FLOW_OUTSIDE => of(flow.addr, flow.peer, flow.port, flow.peer_port, FLOW_ANSWER),
+        FLOW_ANSWER => of(flow.peer, flow.addr, flow.peer_port, flow.port, FLOW_OUTSIDE),
+        _ => {
+            let client = if is_hairpin(&key.dst) { key.src } else { key.dst };
+            of(client, flow.addr, key.dport, flow.port, FLOW_FORWARD)
+        }
+    }
+}
+
+/// Whether an entry is the one of its flow that is counted.
+pub fn leads(key: &FlowKey) -> bool {
+    matches!(key.kind, FLOW_FORWARD | FLOW_OUTSIDE)
 }
 
 /// How long a flow is kept after it was last used, in seconds. `partner` is the
 /// other entry, if it is there.
-pub fn age(protocol: u8, flow: &Flow, partner: Option<&Flow>, squeeze: u8) -> u64 {
-    let normal = match protocol {
-        TCP if flow.flags & fairway_ebpf_abi::FLOW_CLOSING != 0
-            || partner.is_some_and(|p| p.flags & fairway_ebpf_abi::FLOW_CLOSING != 0) =>
-        {
-            TCP_CLOSING
-        }
+pub fn age(key: &FlowKey, flow: &Flow, partner: Option<&Flow>, squeeze: u8) -> u64 {
+    let outside = matches!(key.kind, FLOW_OUTSIDE | FLOW_ANSWER);
+    let over = |flow: &Flow| flow.flags & FLOW_ENDED == FLOW_ENDED;
+    let normal = match key.protocol {
+        TCP if over(flow) || partner.is_some_and(over) => TCP_CLOSING,
+        // Its port would be another's: it would not go on as it was.
+        TCP if outside => return TCP_IDLE,
         TCP => TCP_IDLE,
         SCTP => SCTP_IDLE,
         UDP if partner.is_some_and(|p| went_on(flow, p)) => UDP_STREAM,
@@ -77,9 +83,9 @@ fn went_on(a: &Flow, b: &Flow) -> bool {
 }
 
 /// Whether a flow has been silent for long enough to be forgotten.
-pub fn expired(now: u64, protocol: u8, flow: &Flow, partner: Option<&Flow>, squeeze: u8) -> bool {
+pub fn expired(now: u64, key: &FlowKey, flow: &Flow, partner: Option<&Flow>, squeeze: u8) -> bool {
     let last = partner.map_or(flow.last_used, |p| flow.last_used.max(p.last_used));
-    now.saturating_sub(last) >= age(protocol, flow, partner, squeeze) * SECOND
+    now.saturating_sub(last) >= age(key, flow, partner, squeeze) * SECOND
 }
 
 /// The least that any flow of the protocol is kept: younger ones need no look at
@@ -154,8 +160,12 @@ mod tests {
         Flow { last_used: last_used * SECOND, ..Flow::default() }
     }
 
+    fn of(protocol: u8, kind: u8) -> FlowKey {
+        FlowKey { protocol, kind, ..FlowKey::default() }
+    }
+
     fn lives(protocol: u8, flow: &Flow, partner: Option<&Flow>) -> u64 {
-        (0..10_000).find(|t| expired(t * SECOND, protocol, flow, partner, 0)).unwrap()
+        (0..10_000).find(|t| expired(t * SECOND, &of(protocol, FLOW_FORWARD), flow, partner, 0)).unwrap()
     }
 
     #[test]
@@ -166,9 +176,11 @@ mod tests {
         assert_eq!(lives(UDP, &flow(0), None), 30);
         assert_eq!(lives(SCTP, &flow(0), Some(&flow(0))), 210);
         assert_eq!(lives(TCP, &flow(0), Some(&flow(0))), 7440);
-        let closing = Flow { flags: fairway_ebpf_abi::FLOW_CLOSING, ..flow(0) };
+        let closing = Flow { flags: FLOW_ENDED, ..flow(0) };
         assert_eq!(lives(TCP, &closing, Some(&flow(0))), 120);
-        assert_eq!(lives(TCP, &flow(0), Some(&closing)), 120, "whichever end said it");
+        assert_eq!(lives(TCP, &flow(0), Some(&closing)), 120, "whichever entry says it");
+        let half = Flow { flags: fairway_ebpf_abi::FLOW_ENDED_CLIENT, ..flow(0) };
+        assert_eq!(lives(TCP, &half, Some(&flow(0))), 7440, "the other end may have more to say");
     }
 
     #[test]
@@ -188,9 +200,10 @@ mod tests {
         );
         assert_eq!(Room { refused: true, ..room(0) }.squeeze(2), 3);
         assert_eq!(room(1000).squeeze(MOST_SQUEEZE), MOST_SQUEEZE);
-        assert_eq!(age(TCP, &flow(0), None, 1), 3720);
-        assert_eq!(age(TCP, &flow(0), None, MOST_SQUEEZE), LEAST);
-        assert_eq!(age(UDP, &flow(0), None, 255), LEAST);
+        assert_eq!(age(&of(TCP, FLOW_FORWARD), &flow(0), None, 1), 3720);
+        assert_eq!(age(&of(TCP, FLOW_REVERSE), &flow(0), None, MOST_SQUEEZE), LEAST);
+        assert_eq!(age(&of(TCP, FLOW_ANSWER), &flow(0), None, MOST_SQUEEZE), TCP_IDLE, "it has a port to lose");
+        assert_eq!(age(&of(UDP, FLOW_ANSWER), &flow(0), None, 255), LEAST);
     }
 
     fn addr() -> impl Strategy<Value = Addr> {
@@ -221,6 +234,20 @@ mod tests {
         }
 
         #[test]
+        fn so_are_those_of_a_client_from_outside(
+            client in addr(), service in addr(), backend in addr(), node in addr(),
+            sport: u16, dport: u16, port: u16, given: u16, protocol: u8,
+        ) {
+            let outside = FlowKey { src: client, dst: service, sport, dport, protocol, kind: FLOW_OUTSIDE, _pad: 0 };
+            let to = Flow { addr: backend, port, peer: node, peer_port: given, ..Flow::default() };
+            let answer =
+                FlowKey { src: backend, dst: node, sport: port, dport: given, protocol, kind: FLOW_ANSWER, _pad: 0 };
+            let back = Flow { addr: service, port: dport, peer: client, peer_port: sport, ..Flow::default() };
+            prop_assert_eq!(partner(&outside, &to), answer);
+            prop_assert_eq!(partner(&answer, &back), outside);
+        }
+
+        #[test]
         fn what_is_younger_than_the_least_never_goes(
             last: u32, partner: Option<u32>, protocol: u8, squeeze: u8, flags in 0u16..4, silent in 0u64..8000,
         ) {
@@ -228,7 +255,9 @@ mod tests {
             let partner = partner.map(|p| flow(p.into()));
             let now = (u64::from(last) + silent) * SECOND;
             if silent < least(protocol, squeeze) {
-                prop_assert!(!expired(now, protocol, &it, partner.as_ref(), squeeze));
+                for kind in [FLOW_FORWARD, FLOW_REVERSE, FLOW_OUTSIDE, FLOW_ANSWER] {
+                    prop_assert!(!expired(now, &of(protocol, kind), &it, partner.as_ref(), squeeze));
+                }
             }
         }
     }

@@ -4,7 +4,7 @@
 //! (of sets and backends) and places (of backends in a set) are not given here
 //! but in `place`, which knows what is already there.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use fairway_ebpf_abi as abi;
@@ -135,12 +135,18 @@ fn port_of(service: &Service, port: &ServicePort, v6: bool, slices: &[Arc<Slice>
     for ip in service.external_ips.iter().filter(family) {
         exposed(Origin::ExternalIp, *ip, port.port, 0);
     }
-    for (ip, number) in node.addresses.iter().filter(family).filter_map(|ip| Some((ip, port.node_port?))) {
-        exposed(Origin::NodePort, *ip, number, 0);
+    // On whatever addresses the node has: the kernel side knows those.
+    if let Some(number) = port.node_port {
+        exposed(Origin::NodePort, node_addresses(v6), number, 0);
     }
     for ip in service.cluster_ips.iter().filter(family) {
         sets.frontend(Origin::ClusterIp, *ip, port.port, abi::SCOPE_INSIDE, service.internal_local, affinity);
     }
+}
+
+/// What stands for every address of the node in a frontend.
+pub fn node_addresses(v6: bool) -> IpAddr {
+    if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
 }
 
 fn is_v6(net: &IpNet) -> bool {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::book::{Book, Source};
 use super::choose::{Candidate, Choice, State, Verdict, candidates};
 use super::claims::Identity;
-use super::compile::{Origin, SetName, compile};
+use super::compile::{Origin, SetName, compile, node_addresses};
 use super::model::{Protocol, Range, ServiceName, words};
 use super::place::{Installed, InstalledSet};
 
@@ -95,6 +95,13 @@ pub fn explain(book: &Book, source: &dyn Source, query: &Query) -> Explanation {
         summary: String::new(),
         service: None,
         backends: Vec::new(),
+    };
+    let key = match book.claims().owner(&key) {
+        None if book.node().addresses.contains(&query.to.ip()) => {
+            let any = abi::FrontendKey { addr: node_addresses(query.to.is_ipv6()).into(), ..key };
+            if book.claims().owner(&any).is_some() { any } else { key }
+        }
+        _ => key,
     };
     match book.claims().owner(&key) {
         None => out.summary = near_miss(book, &key),

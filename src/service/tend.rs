@@ -11,7 +11,7 @@ use std::io;
 
 use fairway_ebpf_abi::{
     EVENT_CHOSEN, EVENT_ERROR_TRANSLATED, EVENT_MOVED, EVENT_NO_PORT, EVENT_NOT_ADMITTED, EVENT_REFUSED, EVENT_SPOOFED,
-    EVENT_TABLE_FULL, EVENT_UNANSWERED, EVENT_UNWRITABLE, FLOW_FORWARD, Flow, FlowKey, Sample,
+    EVENT_TABLE_FULL, EVENT_UNANSWERED, EVENT_UNWRITABLE, Flow, FlowKey, Sample,
 };
 use serde::{Deserialize, Serialize};
 
@@ -234,7 +234,7 @@ impl Tender {
             if silent >= ages::least(key.protocol, squeeze) * ages::SECOND {
                 let other = ages::partner(&key, &flow);
                 let partner = self.tables.flow(&other)?;
-                if ages::expired(now, key.protocol, &flow, partner.as_ref(), squeeze) {
+                if ages::expired(now, &key, &flow, partner.as_ref(), squeeze) {
                     // Both in one look, whichever comes first.
                     self.tended.expired += 1 + u64::from(partner.is_some());
                     ended.insert(key);
@@ -245,7 +245,7 @@ impl Tender {
                 }
             }
             self.seen.entries += 1;
-            if key.kind == FLOW_FORWARD {
+            if ages::leads(&key) {
                 *self.seen.flows.entry(protocol(key.protocol).to_owned()).or_default() += 1;
             }
         }

@@ -2,6 +2,9 @@
 //! its thread and gone with it: nothing has a name, nothing is left behind.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+pub mod crafted;
+pub mod edge;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -190,6 +193,7 @@ impl TestPod {
             gateway4: std::net::Ipv4Addr::new(10, 9, 1, 253),
             gateway6: None,
             eni: Some(1),
+            host_link: None,
             cookie: Some(self.netns.cookie()),
             per_packet: false,
             short: true,

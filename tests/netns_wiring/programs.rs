@@ -19,7 +19,11 @@ struct Probe {
     die: AtomicBool,
     /// As on a kernel where a device that moves loses its programs; the pod.
     loses: Mutex<Option<String>>,
+    /// What was told last, by name.
+    uplink: Mutex<Option<Told>>,
 }
+
+type Told = (Option<String>, Vec<std::net::IpAddr>);
 
 impl PodPrograms for Probe {
     fn attach(&self, to: &Attachment<'_>) -> Result<Placed, String> {
@@ -64,6 +68,12 @@ impl PodPrograms for Probe {
         Ok(())
     }
     fn node_addresses(&self, _: &[std::net::IpAddr]) -> Result<(), String> {
+        Ok(())
+    }
+    fn uplink(&self, device: Option<(u32, &[std::net::IpAddr])>) -> Result<(), String> {
+        let name = device.and_then(|(index, _)| nix::net::if_::if_indextoname(index).ok());
+        let own = device.map(|(_, own)| own.to_vec()).unwrap_or_default();
+        *self.uplink.lock().unwrap() = Some((name.map(|n| n.to_string_lossy().into_owned()), own));
         Ok(())
     }
 }

@@ -8,9 +8,13 @@ use fairway_ebpf_abi as abi;
 
 use super::oracle::Question;
 
+/// The kernel knows which addresses are the node's, and looks for all of them at
+/// once.
 pub fn key(q: &Question) -> abi::FrontendKey {
+    let of_node = super::world::NODE.iter().any(|own| super::world::ip(own) == q.addr);
+    let any = if q.addr.is_ipv4() { abi::ANY_NODE4 } else { abi::ANY_NODE6 };
     abi::FrontendKey {
-        addr: q.addr.into(),
+        addr: if of_node { any } else { q.addr.into() },
         port: q.port.to_be(),
         protocol: q.protocol.number(),
         scope: if q.outside { abi::SCOPE_OUTSIDE } else { abi::SCOPE_INSIDE },

@@ -84,7 +84,7 @@ pub enum Edit {
 }
 
 fn node(n: u8) -> NodeFacts {
-    let mut addresses = vec![ip("10.0.0.1"), ip("fd00::1")];
+    let mut addresses = NODE.map(ip).to_vec();
     addresses.extend((n == 1).then(|| ip("10.0.0.2")));
     NodeFacts { name: "n1".into(), zone: (n != 2).then(|| "a".into()), addresses }
 }
@@ -93,10 +93,13 @@ pub const PORTS: [u16; 2] = [80, 443];
 pub const NODE_PORTS: [u16; 2] = [30_000, 30_001];
 pub const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
 
+/// Those that the node always has.
+pub const NODE: [&str; 2] = ["10.0.0.1", "fd00::1"];
+
 pub fn frontend_addresses() -> Vec<IpAddr> {
     let mut all: Vec<IpAddr> = (0..SERVICES).flat_map(|n| [v4(100, n), v6(100, n)]).collect();
     all.extend((0..2).flat_map(|n| [v4(200, n), v6(200, n), v4(210, n), v6(210, n)]));
-    all.extend(["10.0.0.1", "10.0.0.2", "fd00::1"].map(ip));
+    all.extend(NODE.map(ip));
     all
 }
 

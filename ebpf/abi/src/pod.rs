@@ -26,6 +26,8 @@ pub const LINKS: &str = "LINKS";
 pub const PODS: &str = "PODS";
 /// Name of the map of `u32` (unused) by [`Addr`]: the node's own addresses.
 pub const NODE: &str = "NODE";
+/// Name of the array of one [`Uplink`].
+pub const UPLINK: &str = "UPLINK";
 /// Name of the program constant that holds the endpoint; 0 means the interface
 /// index of the packet.
 pub const ENDPOINT: &str = "ENDPOINT";
@@ -35,6 +37,10 @@ pub const POD_EGRESS: &str = "pod_egress";
 pub const POD_INGRESS: &str = "pod_ingress";
 /// Name of the program for packets that enter the node on a shared ENI.
 pub const ENI_INGRESS: &str = "eni_ingress";
+/// Names of the programs for packets that enter and leave the node on the ENI
+/// that its own addresses are on.
+pub const NODE_INGRESS: &str = "node_ingress";
+pub const NODE_EGRESS: &str = "node_egress";
 
 /// What passed a pod's device. Directions are the pod's: ingress is what it
 /// receives. Segments of an offloaded packet count as packets; its bytes count
@@ -69,14 +75,32 @@ pub struct Link {
     pub eni: u32,
     /// `LINK_*`.
     pub flags: u32,
-    /// Not 0 once a packet of the pod was translated: from then on all of them are
-    /// looked at, in both directions. Written by the programs.
+    /// `TRANSLATED_*`. Written by the programs.
     pub translated: u32,
     pub _pad: u32,
 }
 
 /// Packets may go straight out of the ENI and straight to pods of this node.
 pub const LINK_SHORT: u32 = 1;
+
+/// A packet of the pod to a Service was translated: from then on all of them are
+/// looked at, in both directions.
+pub const TRANSLATED_REQUESTS: u32 = 1;
+/// A client from outside was brought to the pod: it may be answering.
+pub const TRANSLATED_ANSWERS: u32 = 1 << 1;
+
+/// The device that carries the node's own traffic; all zero when it is not known.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Uplink {
+    /// The node's addresses on it; zero when it has none of the family.
+    pub v4: Addr,
+    pub v6: Addr,
+    pub ifindex: u32,
+    /// `TRANSLATED_ANSWERS`: processes of the node itself have clients from outside.
+    /// Written by the programs.
+    pub translated: u32,
+}
 
 /// A pod of this node, by address.
 #[repr(C)]
@@ -95,11 +119,16 @@ pub struct Pod {
 /// that limits what it receives.
 pub const POD_SHORT: u32 = 1;
 
+/// It has an ENI of its own: other pods reach it through the VPC, and the node
+/// alone by this link, so that it answers there.
+pub const POD_AWAY: u32 = 1 << 1;
+
 const _: () = {
     assert!(size_of::<Endpoint>() == 4);
     assert!(size_of::<Counters>() == 7 * 8 && align_of::<Counters>() == 8);
     assert!(size_of::<Link>() == 8 + 4 * 16 + 4 * 4 && align_of::<Link>() == 8);
     assert!(size_of::<Pod>() == 4 * 4 && align_of::<Pod>() == 4);
+    assert!(size_of::<Uplink>() == 2 * 16 + 2 * 4 && align_of::<Uplink>() == 4);
 };
 
 // SAFETY: each is `repr(C)`, has no padding (asserted above), and any bytes are
@@ -109,4 +138,5 @@ mod user {
     unsafe impl aya::Pod for super::Counters {}
     unsafe impl aya::Pod for super::Link {}
     unsafe impl aya::Pod for super::Pod {}
+    unsafe impl aya::Pod for super::Uplink {}
 }

@@ -52,6 +52,8 @@ pub const HAIRPIN6: Addr = Addr::from_octets6([0xfd, 0x66, 0x61, 0x69, 0x72, 0x7
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontendKey {
+    /// [`ANY_NODE4`] or [`ANY_NODE6`]: every address of the node, whatever those are
+    /// at the time (node ports). An address's own entry goes before it.
     pub addr: Addr,
     /// Network byte order.
     pub port: u16,
@@ -60,6 +62,10 @@ pub struct FrontendKey {
     /// `SCOPE_*`.
     pub scope: u8,
 }
+
+/// The addresses of frontends that every address of the node stands for.
+pub const ANY_NODE4: Addr = Addr::v4(0);
+pub const ANY_NODE6: Addr = Addr::v6([0; 4]);
 
 /// Who connects: a pod or a process of a node of this cluster.
 pub const SCOPE_INSIDE: u8 = 0;
@@ -208,7 +214,9 @@ pub struct FragmentKey {
     pub src: Addr,
     pub dst: Addr,
     pub id: u32,
-    pub protocol: u32,
+    pub protocol: u16,
+    /// `FLOW_*`: at whose door. A fragment passes several.
+    pub kind: u16,
 }
 
 /// Which address of the fragments changes, and to what.
@@ -219,15 +227,21 @@ pub struct Fragment {
     pub dst: Addr,
 }
 
-/// Client to Service: authoritative, holds the backend.
+/// Pod to Service: authoritative, holds the backend.
 pub const FLOW_FORWARD: u8 = 0;
-/// Backend to client: how the reply is to look. The next forward packet restores
+/// Backend to pod: how the reply is to look. The next forward packet restores
 /// one that was lost.
 pub const FLOW_REVERSE: u8 = 1;
+/// As the two, for a client from outside: client to Service, and backend to
+/// whom it takes for the client. Apart from them, for a pod's packets would be
+/// found by what another pod has asked.
+pub const FLOW_OUTSIDE: u8 = 2;
+pub const FLOW_ANSWER: u8 = 3;
 
-/// In [`Flow::flags`]: a FIN or RST of the connection has passed. Of either
-/// entry: the flow is kept for no longer than it takes to end.
-pub const FLOW_CLOSING: u16 = 1;
+/// The ports of the node that clients from outside get, of every protocol: below
+/// those that the kernel gives to the node's own processes and below those of
+/// Services.
+pub const OUTSIDE_PORTS: core::ops::Range<u16> = 10_000..30_000;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -238,10 +252,22 @@ pub struct Flow {
     pub addr: Addr,
     /// Network byte order.
     pub port: u16,
-    /// `FLOW_CLOSING`.
+    /// `FLOW_ENDED_*`.
     pub flags: u16,
     pub backend: u32,
+    /// Of a client from outside: whom the backend takes for it, and in the answer's
+    /// entry the client. The same when its address is kept. Zero for pods.
+    pub peer: Addr,
+    /// Network byte order.
+    pub peer_port: u16,
+    pub _pad: [u16; 3],
 }
+
+/// In the entry of an answer: this end will send no more data. With both, another
+/// client may have its port after a while.
+pub const FLOW_ENDED_CLIENT: u16 = 1;
+pub const FLOW_ENDED_BACKEND: u16 = 1 << 1;
+pub const FLOW_ENDED: u16 = FLOW_ENDED_CLIENT | FLOW_ENDED_BACKEND;
 
 const _: () = {
     assert!(size_of::<FrontendKey>() == 20 && align_of::<FrontendKey>() == 4);
@@ -254,7 +280,7 @@ const _: () = {
     assert!(size_of::<Original>() == 24);
     assert!(size_of::<SocketKey>() == 32);
     assert!(size_of::<FlowKey>() == 40);
-    assert!(size_of::<Flow>() == 32);
+    assert!(size_of::<Flow>() == 56);
     assert!(size_of::<FragmentKey>() == 40 && size_of::<Fragment>() == 32);
 };
 
