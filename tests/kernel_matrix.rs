@@ -34,14 +34,43 @@ struct Suite {
     modules: &'static [&'static str],
     /// Tests that are not run there, and why.
     without: &'static [(&'static str, &'static str)],
+    /// The only ones that are; none named, all are. An emulated machine takes ten
+    /// seconds to verify the programs.
+    only: &'static [&'static str],
 }
 
 const SUITES: &[Suite] = &[
+    Suite {
+        name: "service_sctp",
+        programs: &["ip"],
+        modules: &["veth", "sch_ingress", "cls_bpf", "sctp"],
+        without: &[],
+        only: &[],
+    },
+    Suite {
+        name: "service_packets",
+        programs: &["ip"],
+        modules: &["veth", "sch_ingress", "cls_bpf"],
+        without: &[],
+        only: &["a_fragmented_datagram_follows_its_first_fragment", "nobody_there_is_refused_at_once"],
+    },
+    Suite {
+        name: "service_outside",
+        programs: &["ip", "tc"],
+        modules: &["veth", "sch_ingress", "cls_bpf"],
+        without: &[],
+        only: &[
+            "connections_are_carried_both_ways_and_their_end_is_seen",
+            "a_client_stays_who_it_is_when_the_service_wants_that",
+            "a_smaller_path_is_discovered_in_both_directions",
+        ],
+    },
     Suite {
         name: "datapath_pods",
         programs: &["ip", "tc"],
         modules: &["veth", "sch_ingress", "cls_bpf"],
         without: &[],
+        only: &[],
     },
     Suite {
         name: "netns_wiring",
@@ -63,6 +92,7 @@ const SUITES: &[Suite] = &[
             ("shared::an_eni_is_awaited_prepared_restored_and_forgotten", "as little time to answer"),
             ("programs::an_undo_does_not_overtake_what_it_undoes", "about our threads, not about the kernel"),
         ],
+        only: &[],
     },
 ];
 
@@ -109,6 +139,10 @@ fn run_on(series: &str) {
             println!("not in the guest: {}::{left_out}: {why}", suite.name);
             tests.retain(|t| t != left_out);
         }
+        for chosen in suite.only {
+            assert!(tests.iter().any(|t| t == chosen), "{}: no test {chosen}", suite.name);
+        }
+        tests.retain(|t| suite.only.is_empty() || suite.only.contains(&t.as_str()));
         wanted += tests.len();
         image.tests(&binary, suite.name, &tests, TEST_LIMIT);
     }
