@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use e2e_support::pods::{ns, pod};
 use e2e_support::{Lab, lab, missing, skip};
 use fairway::lab::vpc::ns::Netns;
+use fairway_ebpf_abi::LAYOUT_VERSION;
 use serde_json::json;
 
 /// Together some 1,400 connections a second.
@@ -171,7 +172,9 @@ async fn an_upgrade_under_load_costs_no_connection_and_no_flow() {
 
     // The second one leaves the tables of Services behind: flows may move, but none
     // goes unanswered.
-    for (version, changed, stay) in [(3, "FLOWS,LINKS", true), (4, "FRONTENDS", false)] {
+    for (version, changed, stay) in
+        [(LAYOUT_VERSION + 1, "FLOWS,LINKS", true), (LAYOUT_VERSION + 2, "FRONTENDS", false)]
+    {
         let datagrams = Datagrams::start(&ask, at);
         let node = lab.node(0).node.ns().clone();
         let (began, load) = (Instant::now(), Load::start(&[&ask, &node], at));
