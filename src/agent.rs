@@ -9,6 +9,8 @@
 
 mod facts;
 pub mod programs;
+mod ready;
+mod takeover;
 mod trace;
 
 use std::collections::BTreeMap;
@@ -24,14 +26,16 @@ use crate::cloud::{CloudApi, CloudStats};
 use crate::cluster::ClusterWatch;
 use crate::cni::{self, CniServer};
 use crate::config::Config;
-use crate::datapath::{Datapath, DatapathError, cgroup_root};
-use crate::debug::{Collect, DebugHttp, Query, ReadyCheck, View, Views};
+use crate::datapath::upgrade::Awaits;
+use crate::datapath::{Datapath, DatapathError, Options, cgroup_root};
+use crate::debug::{Collect, DebugHttp, Query, View, Views};
 use crate::netns::{NetnsWirer, NoPrograms, PodPrograms, Wiring};
 use crate::pool::snapshot::PoolSnapshot;
 use crate::pool::{self, Audit, Pool};
 use crate::service::status::ServiceSnapshot;
 use crate::service::{self, ServiceMap};
 use programs::Programs;
+use takeover::TakeOver;
 
 /// From SIGTERM to the end of the process.
 const SHUTDOWN: Duration = Duration::from_secs(5);
@@ -78,10 +82,12 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
     });
 
     // The kernel.
-    let programs = match &config.bpffs {
+    let opened = match &config.bpffs {
         Some(bpffs) => Some(open_datapath(bpffs, &config)?),
         None => None,
     };
+    let awaits = opened.as_ref().map(|(_, awaits)| *awaits).unwrap_or_default();
+    let programs = opened.map(|(programs, _)| programs);
     let hooks: Arc<dyn PodPrograms> = match &programs {
         Some(programs) => programs.clone(),
         None => Arc::new(NoPrograms),
@@ -106,13 +112,10 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
     let pool: Handle<Pool> = tree.child_in(&kubelets, move || Pool::start(deps.clone()));
     actor_free_task(facts::bound_pods(facts.clone(), config.cni.default_mode, bound_sender));
     actor_free_task(facts::node_status(snapshot.clone(), cluster.port()));
-    if let Some(programs) = programs.clone() {
-        actor_free_task(facts::programs_inside_pods(snapshot.clone(), pool.port(), programs));
-    }
 
     // Services.
     let (service_sender, service_figures) = watch::channel(Arc::new(ServiceSnapshot::default()));
-    let carried = programs.clone().filter(|_| config.services.enabled);
+    let carried = programs.clone().filter(|_| carries_services(&config));
     let services: Option<Handle<ServiceMap>> = carried.map(|programs| {
         let deps = service::Deps {
             node_name: config.node.clone(),
@@ -121,11 +124,23 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
             pods: facts.pods.clone(),
             leader: facts.leader.clone(),
             record_event: cluster.port(),
-            maps: service_maps(programs),
+            maps: service_maps(programs.clone()),
+            flows: Some(flow_tables(programs)),
             snapshots: service_sender,
         };
         tree.child(move || ServiceMap::open(deps.clone()))
     });
+    if let Some(programs) = programs.clone() {
+        let take_over = TakeOver {
+            programs,
+            awaits,
+            pool: snapshot.clone(),
+            services: services.is_some().then(|| service_figures.clone()),
+            leases: pool.port(),
+            wire: netns.port(),
+        };
+        actor_free_task(take_over.run());
+    }
 
     // Kubelet.
     let ports = cni_ports(&pool, &netns, &cluster);
@@ -135,7 +150,9 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
     });
 
     // Whoever looks.
-    let mut views = views(&tree, &stats, &snapshot, programs, &pool, &server, &cluster);
+    let mut views = views(&tree, &stats, &snapshot, programs.clone(), &pool, &server, &cluster);
+    views.ready.extend(programs.map(ready::programs));
+    views.ready.push(ready::cni(config.cni.socket.clone()));
     if let Some(services) = &services {
         service_views(&mut views, services, &service_figures);
     }
@@ -193,8 +210,13 @@ impl Stop {
     }
 }
 
-fn open_datapath(bpffs: &std::path::Path, config: &Config) -> Result<Arc<Programs>, AgentError> {
-    let (mut datapath, adoption) = Datapath::open(bpffs)?;
+/// Without a cluster there are none to carry.
+fn carries_services(config: &Config) -> bool {
+    config.services.enabled && config.cluster.source != crate::cluster::Source::Disabled
+}
+
+fn open_datapath(bpffs: &std::path::Path, config: &Config) -> Result<(Arc<Programs>, Awaits), AgentError> {
+    let (mut datapath, adoption) = Datapath::open_as(bpffs, Options::default(), takeover::layout())?;
     if config.services.enabled {
         let root = cgroup_root(config.services.cgroup_root.as_deref())?;
         datapath.attach_sockets(&root)?;
@@ -209,7 +231,8 @@ fn open_datapath(bpffs: &std::path::Path, config: &Config) -> Result<Arc<Program
         "eBPF programs loaded"
     );
     let programs = Programs::new(datapath, config.fast_path.unwrap_or(config.services.enabled));
-    Ok(Arc::new(if config.services.enabled { programs } else { programs.without_services() }))
+    let programs = if config.services.enabled { programs } else { programs.without_services() };
+    Ok((Arc::new(programs), adoption.awaits))
 }
 
 fn cloud_ports(cloud: &Handle<CloudApi>) -> pool::CloudPorts {
@@ -272,14 +295,7 @@ fn views(
         ("cni", query(server, || cni::CniStatus {})),
         ("cluster", query(cluster, || crate::cluster::ClusterStatus {})),
     ]);
-    let reconciled = snapshot.clone();
-    let ready: Vec<(&'static str, ReadyCheck)> = vec![(
-        "pool",
-        Arc::new(move || match reconciled.borrow().reconciled {
-            true => Ok(()),
-            false => Err("reconciling ledger, cloud and kernel".to_owned()),
-        }),
-    )];
+    let ready = vec![ready::pool(snapshot.clone())];
     let metrics: Vec<Collect> = facts::metrics(stats, snapshot);
     Views { actors: tree.registry().clone(), views, queries, ready, metrics }
 }
@@ -287,6 +303,11 @@ fn views(
 /// The maps that ServiceMap writes to: those that the programs read.
 fn service_maps(programs: Arc<Programs>) -> service::OpenMaps {
     Arc::new(move || Ok(Box::new(programs.service_maps()?)))
+}
+
+/// What those programs fill themselves.
+fn flow_tables(programs: Arc<Programs>) -> service::OpenFlows {
+    Arc::new(move || Ok(Box::new(programs.flow_tables()?)))
 }
 
 fn service_views(views: &mut Views, services: &Handle<ServiceMap>, figures: &watch::Receiver<Arc<ServiceSnapshot>>) {
@@ -300,8 +321,9 @@ fn service_views(views: &mut Views, services: &Handle<ServiceMap>, figures: &wat
         })
     });
     views.queries.insert("trace", trace);
+    views.ready.push(ready::services(figures.clone()));
     let figures = figures.clone();
-    views.metrics.push(Arc::new(move |registry| service::status::collect(&figures.borrow(), registry)));
+    views.metrics.push(Arc::new(move |registry| service::figures::collect(&figures.borrow(), registry)));
 }
 
 /// A view that asks an actor.

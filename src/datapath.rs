@@ -13,12 +13,16 @@
 
 mod clsact;
 mod entry;
+pub mod flows;
 mod hook;
 pub(crate) mod pins;
 mod programs;
 pub mod samples;
+mod seen;
 pub mod services;
 mod sockets;
+mod takeover;
+pub mod upgrade;
 mod uplink;
 mod ways;
 
@@ -30,7 +34,7 @@ use std::path::{Path, PathBuf};
 
 use aya::maps::{MapError, PerCpuValues};
 pub use fairway_ebpf_abi::Counters;
-use fairway_ebpf_abi::{EVENT_COUNT, Endpoint, IN_POD, MAX_ENDPOINTS};
+use fairway_ebpf_abi::{Endpoint, IN_POD, MAX_ENDPOINTS};
 use serde::Serialize;
 
 use self::entry::Entry;
@@ -39,6 +43,8 @@ use self::hook::{Direction, Place, chain, has_tcx};
 use self::pins::{PinName, Pins, pin_of};
 use self::programs::{CounterMap, EventMap, Loader, Programs};
 pub use self::sockets::cgroup_root;
+use self::takeover::Held;
+use self::upgrade::{Awaits, Layout, Upgrade};
 pub use self::uplink::Uplink;
 pub use self::ways::Way;
 use self::ways::Ways;
@@ -60,6 +66,9 @@ pub struct Datapath {
     enis: uplink::Enis,
     loader: Loader,
     options: Options,
+    layout: Layout,
+    /// While an earlier layout's programs are in force.
+    held: Option<Held>,
 }
 
 /// How programs are attached. Attaching by tcx waits for an RCU grace period with
@@ -84,6 +93,9 @@ pub struct Adoption {
     pub collected: Vec<String>,
     /// Maps that were not of this build's layout, and why; replaced by empty ones.
     pub rotated: Vec<String>,
+    /// What has to be written before [`Datapath::take_over`]: until then the
+    /// earlier programs stay in force, with their own maps.
+    pub awaits: Awaits,
 }
 
 /// One attachment, as the kernel describes it now.
@@ -147,24 +159,38 @@ impl Datapath {
     }
 
     pub fn open_with(bpffs: &Path, options: Options) -> Result<(Self, Adoption), DatapathError> {
+        Self::open_as(bpffs, options, Layout::CURRENT)
+    }
+
+    /// As if the maps had this layout.
+    pub fn open_as(bpffs: &Path, options: Options, layout: Layout) -> Result<(Self, Adoption), DatapathError> {
         // Before 5.11 maps count against the locked-memory limit.
         let infinity = nix::sys::resource::RLIM_INFINITY;
         let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK, infinity, infinity);
 
         let at = |cause| DatapathError::Pins { path: bpffs.to_owned(), cause };
-        let pins = Pins::open(bpffs).map_err(at)?.ok_or_else(|| DatapathError::NotBpffs(bpffs.to_owned()))?;
+        let pins =
+            Pins::open(bpffs, layout.version).map_err(at)?.ok_or_else(|| DatapathError::NotBpffs(bpffs.to_owned()))?;
         let rotated = programs::rotate_foreign_maps(&pins).map_err(at)?;
+        let replaced: Vec<_> = rotated.iter().map(|(name, _)| *name).collect();
+        let upgrade = Upgrade::begin(&pins, &layout, &replaced).map_err(at)?;
         let mut loader = Loader::new(&pins);
         let mut shared = loader.load(0)?;
         programs::check_loaded_maps(&pins)?;
+        upgrade.keep_marks(&pins).map_err(at)?;
+        upgrade.convert(&pins, &layout, false).map_err(at)?;
         let counters = shared.take_counters()?;
-        let ways = Ways::open(&mut shared)?;
+        let ways = Ways::open(&mut shared, upgrade.forgets_pods())?;
         let events = shared.take_events()?;
         let enis = uplink::Enis::open(&mut shared)?;
         let options = if has_tcx() { options } else { Options { host_side: Via::Clsact, in_pod: Via::Clsact } };
         let (known, dated) = (BTreeMap::new(), BTreeSet::new());
-        let mut datapath = Self { pins, shared, counters, ways, events, known, dated, enis, loader, options };
-        let mut adoption = Adoption { rotated, ..Default::default() };
+        let awaits = upgrade.awaits();
+        let held = Some(Held::new(upgrade));
+        let mut datapath =
+            Self { pins, shared, counters, ways, events, known, dated, enis, loader, options, layout, held };
+        let rotated = rotated.into_iter().map(|(_, why)| why).collect();
+        let mut adoption = Adoption { rotated, awaits, ..Default::default() };
         for dir in datapath.pins.pods().map_err(at)? {
             match datapath.adopt(&dir) {
                 Some(attachment) => adoption.adopted.push(attachment),
@@ -174,11 +200,14 @@ impl Datapath {
                 }
             }
         }
-        for version in datapath.pins.other_versions().map_err(at)? {
-            pins::remove(&version).map_err(at)?;
-        }
         datapath.drop_orphans()?;
-        datapath.renew_links()?;
+        // Nothing to be held up by: there were no earlier programs, or all that
+        // they know is known to this build's too.
+        if !awaits.any() || datapath.known.is_empty() && !datapath.has_sockets() {
+            adoption.awaits = Awaits::default();
+            adoption.collected.extend(datapath.take_over()?);
+            adoption.adopted.retain(|attachment| datapath.known.contains_key(attachment));
+        }
         Ok((datapath, adoption))
     }
 
@@ -204,7 +233,7 @@ impl Datapath {
             && entry.place == place
             && entry.is_on(device).map_err(fail)?
         {
-            if self.dated.contains(attachment) {
+            if self.dated.contains(attachment) && self.held.is_none() {
                 self.renew(attachment, device)?.map_err(fail)?;
                 self.dated.remove(attachment);
             }
@@ -243,6 +272,9 @@ impl Datapath {
         let _ = self.counters.remove(&entry.endpoint);
         self.known.remove(attachment);
         self.dated.remove(attachment);
+        if let Some(held) = &mut self.held {
+            held.earlier.remove(attachment);
+        }
         Ok(())
     }
 
@@ -273,22 +305,16 @@ impl Datapath {
         if let Ok(Some(cookie)) = own {
             self.ways.set_node_namespace(cookie)?;
         }
+        if let Some(held) = &mut self.held {
+            held.sockets = Some(root.to_owned());
+            return Ok(());
+        }
         sockets::attach(&self.pins, &mut self.shared, root)
     }
 
     /// The other way round. Success when they are not there.
     pub fn detach_sockets(&mut self) -> Result<(), DatapathError> {
         sockets::detach(&self.pins)
-    }
-
-    /// What the packet path of Services has done, by `EVENT_*`.
-    pub fn service_events(&self) -> Result<[u64; EVENT_COUNT as usize], DatapathError> {
-        let mut counts = [0; EVENT_COUNT as usize];
-        for (which, count) in (0u32..).zip(&mut counts) {
-            let per_cpu = self.events.get(&which, 0).map_err(DatapathError::Counters)?;
-            *count = per_cpu.iter().sum();
-        }
-        Ok(counts)
     }
 
     /// Some of those that were drops or refusals, in full, for their one reader.
@@ -299,6 +325,11 @@ impl Datapath {
     /// The maps behind Services, for their owner.
     pub fn service_maps(&self) -> Result<services::KernelMaps, DatapathError> {
         services::KernelMaps::open(&self.pins)
+    }
+
+    /// What the programs fill themselves, for whoever keeps it in order.
+    pub fn flow_tables(&self) -> Result<flows::KernelFlows, DatapathError> {
+        flows::KernelFlows::open(&self.pins)
     }
 
     /// The programs of the socket path that are in force, read from the kernel.
@@ -313,42 +344,6 @@ impl Datapath {
             self.detach(attachment)?;
         }
         Ok(gone)
-    }
-
-    /// Whether both programs are on this device now, read from the kernel.
-    pub fn verify(&self, attachment: &AttachmentId, device: Device<'_>) -> Result<bool, DatapathError> {
-        let Some(entry) = self.known.get(attachment) else { return Ok(false) };
-        if self.dated.contains(attachment) {
-            return Ok(false);
-        }
-        entry.is_on(device).map_err(|cause| DatapathError::Attach {
-            attachment: attachment.clone(),
-            device: device.to_string(),
-            cause,
-        })
-    }
-
-    /// What is attached, read from the kernel.
-    pub fn attached(&self) -> Result<Vec<Attached>, DatapathError> {
-        let described = |(attachment, entry): (&AttachmentId, &Entry)| {
-            let attached = entry.describe(attachment)?;
-            Ok(Attached { short: self.ways.is_short(entry.endpoint), ..attached })
-        };
-        self.known.iter().map(described).collect()
-    }
-
-    /// What passed each attachment since it was attached.
-    pub fn counters(&self) -> Result<Vec<(AttachmentId, Counters)>, DatapathError> {
-        let sum = |endpoint: &Endpoint| {
-            let mut total = Counters::default();
-            match self.counters.get(endpoint, 0) {
-                Ok(per_cpu) => per_cpu.iter().for_each(|c| add(&mut total, c)),
-                Err(MapError::KeyNotFound) => {}
-                Err(e) => return Err(DatapathError::Counters(e)),
-            }
-            Ok(total)
-        };
-        self.known.iter().map(|(attachment, entry)| Ok((attachment.clone(), sum(&entry.endpoint)?))).collect()
     }
 
     /// The inner error is the device's, the outer one ours.
@@ -398,10 +393,6 @@ impl Datapath {
         }
         let mut entry = Entry { place: name.place, endpoint: name.endpoint, dir: dir.to_owned() };
         let attached = entry.describe(&name.attachment).ok().filter(|_| entry.is_alive())?;
-        if let Err(e) = self.update(&entry, attached.via) {
-            tracing::warn!(attachment = %name.attachment, error = %e, "cannot take a pod's programs over; they are removed");
-            return None;
-        }
         let home = self.pins.pod(&name.encode()?);
         if home != entry.dir {
             fs::rename(&entry.dir, &home).ok()?;
@@ -414,6 +405,9 @@ impl Datapath {
             self.dated.insert(name.attachment.clone());
         }
         self.known.insert(name.attachment.clone(), entry);
+        if let Some(held) = &mut self.held {
+            held.earlier.insert(name.attachment.clone());
+        }
         Some(name.attachment)
     }
 
@@ -441,35 +435,6 @@ impl Datapath {
         Ok(device.enter(|ifindex| clsact::attach(&pair, ifindex)))
     }
 
-    /// Swaps this build's programs in, where they can be reached.
-    fn update(&mut self, entry: &Entry, via: Via) -> Result<(), DatapathError> {
-        if (via, entry.place) == (Via::Clsact, Place::InPod) {
-            return Ok(());
-        }
-        let pins = |cause| DatapathError::Pins { path: entry.dir.clone(), cause };
-        let mut own;
-        let programs = match entry.place {
-            Place::HostSide => &mut self.shared,
-            Place::InPod => {
-                own = self.loader.load(entry.endpoint)?;
-                &mut own
-            }
-        };
-        let pair = programs.pair(entry.place)?;
-        for (direction, (fd, _)) in Direction::BOTH.into_iter().zip(&pair) {
-            let pin = pin_of(&entry.dir, direction);
-            match via {
-                Via::Tcx => bpf::open_pinned(&pin).and_then(|link| bpf::link_update(link.as_fd(), *fd)),
-                Via::Clsact => pins::replace(*fd, &pin),
-            }
-            .map_err(pins)?;
-        }
-        match via {
-            Via::Tcx => Ok(()),
-            Via::Clsact => clsact::attach(&pair, entry.endpoint).map_err(pins),
-        }
-    }
-
     fn free_number(&self) -> Result<Endpoint, DatapathError> {
         let taken = |n: &Endpoint| self.known.values().any(|e| e.endpoint == *n);
         (IN_POD..IN_POD + MAX_ENDPOINTS).find(|n| !taken(n)).ok_or(DatapathError::Full)
@@ -493,16 +458,6 @@ impl Datapath {
         let known = &self.known;
         self.ways.retain(|endpoint| known.values().any(|e| e.endpoint == endpoint))
     }
-}
-
-fn add(total: &mut Counters, one: &Counters) {
-    total.ingress_packets += one.ingress_packets;
-    total.ingress_bytes += one.ingress_bytes;
-    total.egress_packets += one.egress_packets;
-    total.egress_bytes += one.egress_bytes;
-    total.ingress_short += one.ingress_short;
-    total.egress_short += one.egress_short;
-    total.spoofed += one.spoofed;
 }
 
 /// With the cause's whole chain, and the remedy when it is a matter of rights.

@@ -14,9 +14,12 @@
 //! - data: [`model`], [`convert`] (from the API), [`index`], [`maps`]
 //! - deciding: [`choose`], [`compile`], [`claims`], [`ids`], [`place`], [`diff`],
 //!   [`adopt`], [`book`], [`explain`]
-//! - doing: [`sync`], `desk`, [`health`]; told: [`problem`], [`status`]
+//! - doing: [`sync`], `desk`, [`health`]; told: [`problem`], [`status`], [`figures`], [`told`]
+//! - beside Services: [`tend`] collects flows that have ended and ends sockets
+//!   whose backend is gone, by [`ages`]; [`pressure`] tells which maps fill up
 
 pub mod adopt;
+pub mod ages;
 pub mod book;
 pub mod choose;
 pub mod claims;
@@ -25,15 +28,21 @@ pub mod convert;
 mod desk;
 pub mod diff;
 pub mod explain;
+pub mod figures;
 pub mod health;
 pub mod ids;
 pub mod index;
 pub mod maps;
 pub mod model;
 pub mod place;
+pub mod pressure;
 pub mod problem;
 pub mod status;
 pub mod sync;
+mod tell;
+pub mod tend;
+mod tending;
+pub mod told;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -45,8 +54,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::actor::{Actor, Ctx, Deadline, Handles, Message, Port, Responder, StartError, Worker, WorkerGone};
-use crate::cluster::{About, NodeInfo, NodePods, RecordEvent};
+use crate::actor::{Actor, Ctx, Handles, Message, Port, Responder, StartError, Worker, WorkerGone};
+use crate::cluster::{NodeInfo, NodePods, RecordEvent};
 use crate::model::PodKey;
 use desk::{Desk, Synced};
 use explain::{Explanation, Query};
@@ -54,14 +63,15 @@ use health::{Answer, HealthPorts};
 use index::Index;
 use maps::ServiceMaps;
 use model::{NodeFacts, Protocol};
+use pressure::Pressure;
 use problem::{Problem, Reason};
 use status::ServiceSnapshot;
+use tend::FlowTables;
+use tending::Tending;
 
 /// Services that had to go without, and ports that could not be bound, are tried
 /// again this often.
 const RETRY: Duration = Duration::from_secs(10);
-/// Told one by one; more at a time are told as a number.
-const TOLD_AT_ONCE: usize = 20;
 
 /// The `services` section of the agent's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,6 +158,9 @@ impl Message for ServiceStatus {
 /// Opens the maps, on the worker's thread, for each embodiment anew.
 pub type OpenMaps = Arc<dyn Fn() -> Result<Box<dyn ServiceMaps>, String> + Send + Sync>;
 
+/// Opens what the programs fill, on the thread of another worker.
+pub type OpenFlows = Arc<dyn Fn() -> Result<Box<dyn FlowTables>, String> + Send + Sync>;
+
 /// Everything the actor is built from, afresh after each failure.
 #[derive(Clone)]
 pub struct Deps {
@@ -159,6 +172,8 @@ pub struct Deps {
     pub leader: watch::Receiver<bool>,
     pub record_event: Port<RecordEvent>,
     pub maps: OpenMaps,
+    /// None where no programs run.
+    pub flows: Option<OpenFlows>,
     /// For metrics; the newest counts.
     pub snapshots: watch::Sender<Arc<ServiceSnapshot>>,
 }
@@ -166,6 +181,10 @@ pub struct Deps {
 pub struct ServiceMap {
     deps: Deps,
     worker: Worker<Desk>,
+    tending: Option<Tending>,
+    /// A turn of it is in work.
+    tends: bool,
+    pressure: Pressure,
     node: Arc<NodeFacts>,
     health: HealthPorts,
     told: BTreeSet<Problem>,
@@ -186,10 +205,14 @@ impl ServiceMap {
             Desk::open(maps, index).map_err(|e| e.to_string())
         });
         let worker = worker.await.map_err(StartError::new)?;
+        let tending = tending::start(deps.flows.clone()).await?;
         Ok(Self {
             node: Arc::new(NodeFacts { name: deps.node_name.as_str().into(), ..NodeFacts::default() }),
             deps,
             worker,
+            tending,
+            tends: false,
+            pressure: Pressure::default(),
             health: HealthPorts::default(),
             told: BTreeSet::new(),
             snapshot: ServiceSnapshot::default(),
@@ -259,48 +282,14 @@ impl ServiceMap {
         s.count_sync(synced.done, synced.took);
         s.set_problems(&problems);
         self.tell(problems, ctx);
-        self.deps.snapshots.send_replace(Arc::new(self.snapshot.clone()));
+        self.read_pressure(ctx);
+        self.publish();
+        self.backends_gone(synced.gone, ctx);
     }
 
-    /// Say what is wrong that was not wrong before.
-    fn tell(&mut self, problems: Vec<Problem>, ctx: &mut Ctx<'_, Self>) {
-        let now: BTreeSet<Problem> = problems.into_iter().collect();
-        let leads = *self.deps.leader.borrow();
-        let new: Vec<&Problem> = now.difference(&self.told).collect();
-        self.tell_new(&new, leads, ctx);
-        self.told = now;
-    }
-
-    /// Another may have led when these came up, or nobody.
-    fn tell_as_leader(&self, ctx: &mut Ctx<'_, Self>) {
-        let clusters: Vec<&Problem> = self.told.iter().filter(|p| p.reason.of_the_cluster()).collect();
-        self.tell_new(&clusters, true, ctx);
-    }
-
-    fn tell_new(&self, new: &[&Problem], leads: bool, ctx: &mut Ctx<'_, Self>) {
-        for problem in new.iter().take(TOLD_AT_ONCE) {
-            tracing::warn!(about = %problem.about, reason = problem.reason.name(), "{}", problem.message);
-            if leads || !problem.reason.of_the_cluster() {
-                self.record(about(problem), problem.reason.name(), problem.message.clone(), ctx);
-            }
-        }
-        if let Some(more) = new.len().checked_sub(TOLD_AT_ONCE).filter(|n| *n > 0) {
-            let note = format!("{more} more Services have problems on this node; `fairway status services` lists them");
-            tracing::warn!(more, "More Services have problems");
-            self.record(About::Node, "ServiceProblems", note, ctx);
-        }
-    }
-
-    fn record(&self, about: About, reason: &str, note: String, ctx: &mut Ctx<'_, Self>) {
-        let port = self.deps.record_event.clone();
-        let event =
-            RecordEvent { about, warning: true, reason: reason.to_owned(), action: "CarryService".to_owned(), note };
-        let work = async move { port.ask(event, Deadline::after(Duration::from_secs(5))).await };
-        ctx.spawn(work, |_, told, _| {
-            if let Err(error) = told {
-                tracing::debug!(%error, "An Event was not recorded");
-            }
-        });
+    fn publish(&self) {
+        let snapshot = ServiceSnapshot { awaited: self.awaited(), ..self.snapshot.clone() };
+        self.deps.snapshots.send_replace(Arc::new(snapshot));
     }
 
     fn query(&self, ask: Explain) -> Result<Query, ExplainError> {
@@ -350,14 +339,6 @@ fn node_facts(info: &NodeInfo, before: &NodeFacts) -> NodeFacts {
     }
 }
 
-fn about(problem: &Problem) -> About {
-    let (name, uid) = (problem.about.clone(), problem.uid.clone());
-    match problem.reason {
-        Reason::InvalidEndpoints => About::EndpointSlice { name, uid },
-        _ => About::Service { name, uid },
-    }
-}
-
 impl Actor for ServiceMap {
     const NAME: &'static str = "ServiceMap";
 
@@ -369,6 +350,7 @@ impl Actor for ServiceMap {
                 actor.tell_as_leader(ctx);
             }
         });
+        self.tend_regularly(ctx);
         ctx.every(RETRY, |actor, ctx| {
             if actor.snapshot.retry {
                 actor.turn(true, ctx);

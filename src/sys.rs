@@ -5,6 +5,10 @@
 
 /// bpf(2) where aya has no call for it.
 pub mod bpf;
+/// The clock that eBPF programs read.
+pub mod clock;
+/// Sockets: found by what is stored in them, and ended.
+pub mod diag;
 /// Children that die with the lab.
 pub mod lab_exec;
 /// How much of the allocator's memory the process keeps.

@@ -160,10 +160,20 @@ async fn pods_and_nodes_reach_a_service_also_while_the_agent_is_dead() {
     lab.start_agent(0, &[], None).await;
     lab.agent_ready(0).await;
 
-    // The last backend goes: refused, by both protocols, from everywhere.
+    // The last backend goes: refused, by both protocols, from everywhere; and a
+    // process of the node that had connected to one finds out.
+    let connected = lab.node(0).node.ns().run(|| {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.connect(at).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket
+    });
+    let connected = connected.unwrap();
     for name in ["web0", "web1", "web2"] {
         lab.delete(name);
     }
+    let told = tokio::task::spawn_blocking(move || connected.recv(&mut [0; 8]).unwrap_err().kind()).await.unwrap();
+    assert_eq!(told, std::io::ErrorKind::ConnectionAborted);
     let clients = clients.iter().filter(|(who, _)| !who.starts_with("web"));
     for (who, from) in clients {
         lab.until(&format!("a refusal at {who}"), Duration::from_secs(20), async || {

@@ -16,7 +16,7 @@ use fairway::actor::{ChildPolicy, Deadline, Handle, Handles, Message, Placement,
 use fairway::cluster::{self, ClusterWatch, Source};
 use fairway::model::PodKey;
 use fairway::service::explain::Outcome;
-use fairway::service::maps::{Chunk, Counts, Gone, MemoryMaps, ReadFailed, ServiceMaps, Tables, WriteFailed};
+use fairway::service::maps::{Chunk, Counts, MemoryMaps, ReadFailed, ServiceMaps, Tables, WriteFailed};
 use fairway::service::model::Protocol;
 use fairway::service::status::ServiceSnapshot;
 use fairway::service::{Client, Deps, Explain, ExplainError, ServiceMap, ServiceStatus};
@@ -36,9 +36,6 @@ impl ServiceMaps for Pinned {
     }
     fn capacity(&self) -> Counts {
         self.0.lock().capacity
-    }
-    fn backends_gone(&mut self, gone: &[Gone]) {
-        self.0.lock().backends_gone(gone);
     }
 }
 
@@ -81,6 +78,7 @@ impl Agent {
             leader: facts.leader.clone(),
             record_event: cluster.port(),
             maps: Arc::new(move || Ok(Box::new(maps.clone()))),
+            flows: None,
             snapshots: tokio::sync::watch::channel(Arc::new(ServiceSnapshot::default())).0,
         };
         let services = tree.child(move || ServiceMap::open(deps.clone()));

@@ -85,7 +85,7 @@ fn one_endpoint_more_at_ten_thousand_services_is_three_entries() {
     index.slice(ServiceName::new("default", "s5000-x"), Some((name(5000), slice(5000, 4))));
     let done = syncer.sync(index.take_dirty().names, &index).unwrap();
     assert_eq!((done.compiled, done.written), (1, 3));
-    assert_eq!(syncer.maps.gone.len(), 1);
+    assert_eq!(syncer.gone.len(), 1);
     println!("one endpoint at 10,000 Services: {} µs to compile, compare and write", took.as_micros());
 }
 
@@ -284,7 +284,7 @@ fn flows_stay_with_an_endpoint_that_is_merely_unready() {
         let mut step = |change: fn(&mut Endpoint)| {
             put(change);
             syncer.sync([name(0)], &w).unwrap();
-            (first(&syncer.maps), slots_of(&syncer.maps, 0), std::mem::take(&mut syncer.maps.gone).len())
+            (first(&syncer.maps), slots_of(&syncer.maps, 0), std::mem::take(&mut syncer.gone).len())
         };
         assert_eq!(step(|e| e.ready = false), (Some((id, true)), Some(1), 0), "unready");
         assert_eq!(step(|_| ()), (Some((id, false)), Some(2), 0), "and ready again");

@@ -30,7 +30,7 @@ static NAMESPACES: HashMap<u64, u32, { MAX_NAMESPACES as usize }, NO_PREALLOC> =
 #[btf_map]
 static ORIGINALS: SkStorage<Original> = SkStorage::new();
 
-/// What unconnected ones talked to.
+/// What unconnected ones talked to, and connected datagram sockets.
 #[btf_map]
 static SOCKETS: LruHashMap<SocketKey, Original, { MAX_SOCKETS as usize }> = LruHashMap::new();
 
@@ -163,6 +163,9 @@ fn connect(ctx: &SockAddrContext, to: Peer) -> Option<Peer> {
             // SAFETY: a value of the map, checked.
             unsafe { *earlier = Original::default() };
         }
+        if protocol(ctx) == UDP {
+            let _ = SOCKETS.remove(&socket_key(ctx, to));
+        }
         return None;
     };
     // SAFETY: as above. Without memory for it getpeername shows the backend.
@@ -171,7 +174,19 @@ fn connect(ctx: &SockAddrContext, to: Peer) -> Option<Peer> {
         // SAFETY: a value of the map, checked; there may have been an earlier one.
         unsafe { *stored = original };
     }
+    if protocol(ctx) == UDP {
+        // By this the user side finds those that are to end with their backend:
+        // nothing lists what is stored in a datagram socket.
+        let _ = SOCKETS.insert(&socket_key(ctx, backend), &original, 0);
+    }
     Some(backend)
+}
+
+#[inline(always)]
+fn socket_key(ctx: &SockAddrContext, backend: Peer) -> SocketKey {
+    // SAFETY: the context is valid.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    SocketKey { cookie, addr: backend.addr, port: backend.port, _pad: [0; 3] }
 }
 
 #[inline(always)]

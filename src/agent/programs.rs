@@ -10,6 +10,7 @@ use std::os::fd::AsFd as _;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use crate::datapath::flows::KernelFlows;
 use crate::datapath::services::KernelMaps;
 use crate::datapath::{Datapath, DatapathError, Device, Uplink, Way};
 use crate::model::{AttachMode, AttachmentId, Lease};
@@ -82,6 +83,17 @@ impl Programs {
             .collect()
     }
 
+    /// Earlier programs are in force until [`Self::take_over`].
+    pub fn is_held(&self) -> bool {
+        self.datapath.lock().is_held()
+    }
+
+    /// What the new maps say is what the old ones said: this build's programs take
+    /// the earlier ones' places.
+    pub fn take_over(&self) -> Result<Vec<String>, String> {
+        self.datapath.lock().take_over().map_err(|e| e.to_string())
+    }
+
     /// Pods whose device still runs the programs of an earlier process.
     pub fn dated(&self) -> usize {
         self.datapath.lock().dated().count()
@@ -115,6 +127,11 @@ impl Programs {
     /// The maps of Services, with descriptors of their own.
     pub fn service_maps(&self) -> Result<KernelMaps, String> {
         self.datapath.lock().service_maps().map_err(|e| e.to_string())
+    }
+
+    /// What the programs fill, with descriptors of its own.
+    pub fn flow_tables(&self) -> Result<KernelFlows, String> {
+        self.datapath.lock().flow_tables().map_err(|e| e.to_string())
     }
 
     fn on_device<R>(

@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
-use fairway_ebpf_abi::{Endpoint, IN_POD, LAYOUT_VERSION};
+use fairway_ebpf_abi::{Endpoint, IN_POD};
 
 use super::hook::{Direction, Place};
 use crate::model::AttachmentId;
@@ -115,12 +115,12 @@ pub(super) struct Pins {
 
 impl Pins {
     /// Makes the directories. `Ok(None)` when `bpffs` is not a BPF file system.
-    pub(super) fn open(bpffs: &Path) -> io::Result<Option<Self>> {
+    pub(super) fn open(bpffs: &Path, version: u32) -> io::Result<Option<Self>> {
         if nix::sys::statfs::statfs(bpffs)?.filesystem_type().0 as i64 != BPF_FS_MAGIC {
             return Ok(None);
         }
         let root = bpffs.join("fairway");
-        let base = root.join(format!("v{LAYOUT_VERSION}"));
+        let base = root.join(format!("v{version}"));
         fs::create_dir_all(base.join("maps"))?;
         fs::create_dir_all(base.join("pods"))?;
         Ok(Some(Self { root, base }))
@@ -149,6 +149,24 @@ impl Pins {
             found.extend(entries(&version.join("pods"))?);
         }
         Ok(found)
+    }
+
+    /// The layout that was in force before ours, if it still is anywhere: its
+    /// number and its directory. An upgrade removes it when it is done.
+    pub(super) fn predecessor(&self) -> io::Result<Option<(u32, PathBuf)>> {
+        let number = |path: &PathBuf| path.file_name()?.to_str()?.strip_prefix('v')?.parse::<u32>().ok();
+        let others = self.other_versions()?;
+        let known = others.into_iter().filter_map(|path| Some((number(&path)?, path)));
+        Ok(known.filter(|(_, path)| path.join("maps").is_dir()).max())
+    }
+
+    /// The links on the cgroup tree that an earlier layout's directory holds.
+    pub(super) fn take_sockets(&self, from: &Path) -> io::Result<()> {
+        let (theirs, ours) = (from.join("sockets"), self.base.join("sockets"));
+        if !theirs.is_dir() || ours.exists() {
+            return Ok(());
+        }
+        fs::rename(theirs, ours)
     }
 
     /// Layout directories that are not ours.

@@ -119,9 +119,48 @@ impl MapSpec {
     }
 }
 
+/// A map whose entries nobody's books know.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Counted {
+    pub name: &'static str,
+    pub key_size: usize,
+    /// What the kernel copies for an entry.
+    pub value_size: usize,
+    pub capacity: usize,
+}
+
+/// Those to be counted by reading them.
+pub(super) fn counted(cpus: usize) -> impl Iterator<Item = Counted> {
+    const BY_BOOKS: [&str; 5] = [FRONTENDS, SLOTS, BACKENDS, SOURCE_RANGES, FLOWS];
+    let countable = |spec: &&MapSpec| matches!(spec.map_type, MapType::Hash | MapType::LruHash | MapType::PerCpuHash);
+    MAPS.iter().filter(|spec| !BY_BOOKS.contains(&spec.name)).filter(countable).map(move |spec| Counted {
+        name: spec.name,
+        key_size: spec.key_size,
+        value_size: match spec.map_type {
+            MapType::PerCpuHash => spec.value_size.next_multiple_of(8) * cpus,
+            _ => spec.value_size,
+        },
+        capacity: spec.max_entries as usize,
+    })
+}
+
+/// The names of all pinned maps.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    MAPS.iter().map(|spec| spec.name)
+}
+
+/// How what is pinned at `path` differs from the map of this name; `None` when it
+/// does not.
+pub(super) fn mismatch(name: &str, path: &Path) -> io::Result<Option<String>> {
+    match MAPS.iter().find(|spec| spec.name == name) {
+        Some(spec) => spec.mismatch_at(path),
+        None => Ok(Some(format!("{name}: no map of this build"))),
+    }
+}
+
 /// Removes pins that are not what they should be; new maps take their places.
 /// Says which and why.
-pub(super) fn rotate_foreign_maps(pins: &Pins) -> io::Result<Vec<String>> {
+pub(super) fn rotate_foreign_maps(pins: &Pins) -> io::Result<Vec<(&'static str, String)>> {
     let mut rotated = Vec::new();
     for spec in &MAPS {
         let path = pins.map(spec.name);
@@ -131,7 +170,7 @@ pub(super) fn rotate_foreign_maps(pins: &Pins) -> io::Result<Vec<String>> {
             } else {
                 std::fs::remove_file(&path)?;
             }
-            rotated.push(why);
+            rotated.push((spec.name, why));
         }
     }
     Ok(rotated)

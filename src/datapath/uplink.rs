@@ -43,6 +43,10 @@ impl Datapath {
     /// The programs for clients from outside go onto this device, and off the one
     /// that it was before. Done again it puts this build's programs in.
     pub fn set_uplink(&mut self, uplink: Option<Uplink>) -> Result<(), DatapathError> {
+        if let Some(held) = &mut self.held {
+            held.uplink = Some(uplink);
+            return Ok(());
+        }
         let before = self.enis.current()?;
         let addr = |ip: Option<IpAddr>| ip.map_or(abi::Addr::default(), abi::Addr::from);
         let now = uplink.map_or(abi::Uplink::default(), |uplink| abi::Uplink {
@@ -100,6 +104,10 @@ impl Datapath {
     /// build's program in. The uplink's own does the same, and more.
     pub fn attach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         self.enis.shared.insert(ifindex);
+        if let Some(held) = &mut self.held {
+            held.enis.insert(ifindex);
+            return Ok(());
+        }
         if self.enis.current()?.ifindex == ifindex {
             return self.attach_uplink(ifindex);
         }
@@ -110,6 +118,10 @@ impl Datapath {
     /// A pod with an ENI of its own answers clients from outside over its link to the
     /// node. The filter goes with the link.
     pub fn attach_link(&mut self, ifindex: u32) -> Result<(), DatapathError> {
+        if let Some(held) = &mut self.held {
+            held.links.insert(ifindex);
+            return Ok(());
+        }
         let ingress = [(self.shared.classifier(NODE_INGRESS)?, TcxChain::Ingress)];
         clsact::attach(&ingress, ifindex).map_err(|cause| DatapathError::Eni { ifindex, cause })
     }
@@ -138,6 +150,9 @@ impl Datapath {
     /// The ENI is no longer shared. Success when there is no such device.
     pub fn detach_eni(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         self.enis.shared.remove(&ifindex);
+        if let Some(held) = &mut self.held {
+            held.enis.remove(&ifindex);
+        }
         if self.enis.current()?.ifindex == ifindex {
             return Ok(());
         }

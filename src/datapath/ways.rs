@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use aya::maps::{HashMap, MapData, MapError};
 use fairway_ebpf_abi::{
     Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_AWAY,
-    POD_SHORT, PODS, Pod,
+    POD_SHORT, PODS, Pod, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
 };
 
 use super::DatapathError;
@@ -45,16 +45,25 @@ pub(super) struct Ways {
     pods: HashMap<MapData, Addr, Pod>,
     node: HashMap<MapData, Addr, u32>,
     namespaces: HashMap<MapData, u64, u32>,
+    /// Of pods that are not known it is not known either whether packets of theirs
+    /// were translated: their flows may be older than the map.
+    begun_anew: bool,
 }
 
 impl Ways {
-    pub(super) fn open(programs: &mut Programs) -> Result<Self, DatapathError> {
+    pub(super) fn open(programs: &mut Programs, begun_anew: bool) -> Result<Self, DatapathError> {
         Ok(Self {
+            begun_anew,
             links: programs.take_map(LINKS)?.try_into().map_err(unlike)?,
             pods: programs.take_map(PODS)?.try_into().map_err(unlike)?,
             node: programs.take_map(NODE)?.try_into().map_err(unlike)?,
             namespaces: programs.take_map(NAMESPACES)?.try_into().map_err(unlike)?,
         })
+    }
+
+    /// Every pod that was there is known again.
+    pub(super) fn settled(&mut self) {
+        self.begun_anew = false;
     }
 
     pub(super) fn set(&mut self, endpoint: Endpoint, way: &Way) -> Result<(), DatapathError> {
@@ -72,7 +81,8 @@ impl Ways {
         };
         let old = found(self.links.get(&endpoint, 0))?;
         // Its connections go on.
-        link.translated = old.map_or(0, |old| old.translated);
+        let unknown = if self.begun_anew { TRANSLATED_REQUESTS | TRANSLATED_ANSWERS } else { 0 };
+        link.translated = old.map_or(unknown, |old| old.translated);
         if let Some(old) = old
             && (old.v4, old.v6, old.cookie) != (link.v4, link.v6, link.cookie)
         {

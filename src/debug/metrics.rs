@@ -73,7 +73,7 @@ impl Collector for Actors {
                 let buckets: Vec<(f64, u64)> = seen
                     .took_us_buckets
                     .iter()
-                    .map(|(bound, n)| (bound.map_or(f64::MAX, |us| us as f64 / 1e6), *n))
+                    .map(|(bound, n)| (bound.map_or(f64::INFINITY, |us| us as f64 / 1e6), *n))
                     .collect();
                 let count = buckets.iter().map(|(_, n)| n).sum();
                 let mut metric = family.encode_family(&labels)?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::explain::{Explanation, Query, explain};
 use super::index::Index;
-use super::maps::{Counts, ServiceMaps};
+use super::maps::{Counts, Gone, ServiceMaps};
 use super::model::{NodeFacts, ServiceName};
 use super::problem::Problem;
 use super::sync::{Done, SyncError, Syncer};
@@ -21,6 +21,8 @@ pub(super) struct Synced {
     pub done: Done,
     pub took: Duration,
     pub problems: Vec<Problem>,
+    /// Backends that are gone.
+    pub gone: Vec<Gone>,
     /// Port to Service and its ready endpoints here.
     pub health: BTreeMap<u16, (ServiceName, usize)>,
     pub used: Counts,
@@ -56,7 +58,8 @@ impl Desk {
         Ok(Some(self.synced(done, began.elapsed())))
     }
 
-    fn synced(&self, done: Done, took: Duration) -> Synced {
+    fn synced(&mut self, done: Done, took: Duration) -> Synced {
+        let gone = std::mem::take(&mut self.syncer.gone);
         let book = &self.syncer.book;
         let mut problems = self.index.problems();
         problems.extend(book.problems().cloned());
@@ -69,6 +72,7 @@ impl Desk {
             done,
             took,
             problems,
+            gone,
             health,
             used: book.used(),
             capacity: book.capacity(),

@@ -138,11 +138,6 @@ pub trait ServiceMaps {
     fn capacity(&self) -> Counts {
         Counts::CAPACITY
     }
-    /// Told after their ids are gone: sockets that were connected to them
-    /// directly do not find out otherwise.
-    fn backends_gone(&mut self, gone: &[Gone]) {
-        let _ = gone;
-    }
 }
 
 impl<T: ServiceMaps + ?Sized> ServiceMaps for Box<T> {
@@ -155,9 +150,6 @@ impl<T: ServiceMaps + ?Sized> ServiceMaps for Box<T> {
     fn capacity(&self) -> Counts {
         (**self).capacity()
     }
-    fn backends_gone(&mut self, gone: &[Gone]) {
-        (**self).backends_gone(gone);
-    }
 }
 
 /// Maps in memory: for tests, and for an agent without programs.
@@ -165,7 +157,6 @@ impl<T: ServiceMaps + ?Sized> ServiceMaps for Box<T> {
 pub struct MemoryMaps {
     pub tables: Tables,
     pub capacity: Counts,
-    pub gone: Vec<Gone>,
     /// Entries written.
     pub writes: usize,
     pub chunks: usize,
@@ -175,14 +166,7 @@ pub struct MemoryMaps {
 
 impl Default for MemoryMaps {
     fn default() -> Self {
-        Self {
-            tables: Tables::default(),
-            capacity: Counts::CAPACITY,
-            gone: Vec::new(),
-            writes: 0,
-            chunks: 0,
-            refuse: None,
-        }
+        Self { tables: Tables::default(), capacity: Counts::CAPACITY, writes: 0, chunks: 0, refuse: None }
     }
 }
 
@@ -234,9 +218,5 @@ impl ServiceMaps for MemoryMaps {
 
     fn capacity(&self) -> Counts {
         self.capacity
-    }
-
-    fn backends_gone(&mut self, gone: &[Gone]) {
-        self.gone.extend_from_slice(gone);
     }
 }

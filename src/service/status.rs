@@ -1,21 +1,16 @@
-//! What is seen of ServiceMap: for `fairway status services` and for metrics.
+//! What is seen of ServiceMap: for `fairway status services` and for metrics
+//! ([`figures`](super::figures)).
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
-use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::counter::ConstCounter;
-use prometheus_client::metrics::gauge::ConstGauge;
-use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 
 use super::index::Known;
 use super::maps::Counts;
 use super::problem::{Problem, Reason};
 use super::sync::Done;
+use super::tend::{Tended, Use};
 
 /// Problems shown; all are counted.
 const SHOWN: usize = 200;
@@ -37,9 +32,14 @@ pub struct ServiceSnapshot {
     /// The longest look since the start, the first one left out.
     pub longest_us: u64,
     pub syncs: u64,
+    pub took: Took,
     pub written: u64,
     pub problems: Vec<Problem>,
     pub problem_counts: BTreeMap<Reason, usize>,
+    /// Maps that are nearly full.
+    pub nearly_full: BTreeSet<String>,
+    /// What the programs have filled.
+    pub tended: Tended,
     #[serde(skip)]
     pub(super) retry: bool,
 }
@@ -52,7 +52,32 @@ impl ServiceSnapshot {
             self.longest_us = self.longest_us.max(self.last_us);
         }
         self.syncs += 1;
+        self.took.count(self.last_us);
         self.written += done.written as u64;
+    }
+
+    /// Whether the maps say what the cluster says, or what is awaited. Once they
+    /// did they are kept so: trouble with single Services is no reason to send
+    /// pods elsewhere.
+    pub fn ready(&self) -> Result<(), String> {
+        match (&self.awaited, self.syncs) {
+            (None, 0) => Err("waiting for the start of ServiceMap".to_owned()),
+            (None, _) => Ok(()),
+            (Some(what), _) => Err(format!("waiting for {what}")),
+        }
+    }
+
+    /// How full every map is.
+    pub fn uses(&self) -> Vec<Use> {
+        let (used, of) = (&self.used, &self.capacity);
+        let tables = [
+            ("frontends", used.frontends, of.frontends),
+            ("slots", used.slots, of.slots),
+            ("backends", used.backends, of.backends),
+            ("source ranges", used.ranges, of.ranges),
+        ];
+        let tables = tables.into_iter().map(|(map, entries, capacity)| Use { map: map.to_owned(), entries, capacity });
+        tables.chain(self.tended.uses.iter().cloned()).collect()
     }
 
     pub(super) fn set_problems(&mut self, all: &[Problem]) {
@@ -64,43 +89,20 @@ impl ServiceSnapshot {
     }
 }
 
-/// Adds the metrics of Services to a scrape.
-pub fn collect(snapshot: &Arc<ServiceSnapshot>, registry: &mut Registry) {
-    registry.register_collector(Box::new(Figures(snapshot.clone())));
+/// How long the looks took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Took {
+    pub sum_us: u64,
+    /// Up to each of the bounds, and beyond the last.
+    pub counts: [u64; Took::BOUNDS_US.len() + 1],
 }
 
-#[derive(Debug)]
-struct Figures(Arc<ServiceSnapshot>);
+impl Took {
+    pub const BOUNDS_US: [u64; 8] = [100, 500, 1_000, 5_000, 10_000, 50_000, 250_000, 1_000_000];
 
-impl Collector for Figures {
-    fn encode(&self, mut to: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let s = &self.0;
-        let gauge = MetricType::Gauge;
-        let tables = |c: &Counts| {
-            [("frontends", c.frontends), ("slots", c.slots), ("backends", c.backends), ("source_ranges", c.ranges)]
-        };
-        let mut family = to.encode_descriptor("service_map_entries", "Entries of the service maps", None, gauge)?;
-        for (map, count) in tables(&s.used) {
-            ConstGauge::new(count as i64).encode(family.encode_family(&[("map", map)])?)?;
-        }
-        let help = "How many entries the service maps can hold";
-        let mut family = to.encode_descriptor("service_map_capacity", help, None, gauge)?;
-        for (map, count) in tables(&s.capacity) {
-            ConstGauge::new(count as i64).encode(family.encode_family(&[("map", map)])?)?;
-        }
-        let family = to.encode_descriptor("services", "Services carried by this node", None, gauge)?;
-        ConstGauge::new(s.services as i64).encode(family)?;
-        let help = "Services that cannot be carried as they should, by reason";
-        let mut family = to.encode_descriptor("service_problems", help, None, gauge)?;
-        for reason in Reason::ALL {
-            let count = s.problem_counts.get(&reason).copied().unwrap_or_default();
-            ConstGauge::new(count as i64).encode(family.encode_family(&[("reason", reason.name())])?)?;
-        }
-        let help = "Entries of the service maps written or deleted";
-        let family = to.encode_descriptor("service_map_writes", help, None, MetricType::Counter)?;
-        ConstCounter::new(s.written).encode(family)?;
-        let family =
-            to.encode_descriptor("service_sync_last_seconds", "What the last change took to write", None, gauge)?;
-        ConstGauge::new(s.last_us as f64 / 1e6).encode(family)
+    fn count(&mut self, us: u64) {
+        self.sum_us += us;
+        let at = Self::BOUNDS_US.iter().position(|bound| us <= *bound).unwrap_or(Self::BOUNDS_US.len());
+        self.counts[at] += 1;
     }
 }

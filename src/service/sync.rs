@@ -7,7 +7,7 @@
 
 use super::book::{Book, Round, Source};
 use super::diff::Writes;
-use super::maps::{Chunk, ReadFailed, ServiceMaps, WriteFailed};
+use super::maps::{Chunk, Gone, ReadFailed, ServiceMaps, WriteFailed};
 use super::model::ServiceName;
 
 /// Entries in one chunk: a batch call of some 100 µs.
@@ -36,6 +36,9 @@ pub struct Done {
 pub struct Syncer<M> {
     pub maps: M,
     pub book: Book,
+    /// Backends whose ids are gone from the maps, for whoever is to be told:
+    /// sockets that were connected to them directly do not find out otherwise.
+    pub gone: Vec<Gone>,
 }
 
 impl<M: ServiceMaps> Syncer<M> {
@@ -47,7 +50,7 @@ impl<M: ServiceMaps> Syncer<M> {
     pub fn with_limit(mut maps: M, limit: u32) -> Result<Self, SyncError> {
         let tables = maps.read_all()?;
         let capacity = maps.capacity();
-        Ok(Self { maps, book: Book::new(tables, capacity, limit) })
+        Ok(Self { maps, book: Book::new(tables, capacity, limit), gone: Vec::new() })
     }
 
     /// Bring the maps up to date with these Services. The first time they must
@@ -95,9 +98,7 @@ impl<M: ServiceMaps> Syncer<M> {
             || !writes.delete_slots.is_empty()
             || !writes.delete_ranges.is_empty();
         self.book.commit(round, &writes);
-        if !writes.gone.is_empty() {
-            self.maps.backends_gone(&writes.gone);
-        }
+        self.gone.extend_from_slice(&writes.gone);
         Ok((done, freed))
     }
 }

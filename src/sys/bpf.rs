@@ -10,6 +10,12 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+mod batch;
+mod bytes;
+
+pub use batch::{Batch, Cursor};
+pub use bytes::{Convert, copy, count, sum_per_cpu};
+
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
@@ -21,14 +27,6 @@ const LINK_DETACH: libc::c_long = 34;
 const LINK_TYPE_TCX: u32 = 11;
 const F_BEFORE: u32 = 1 << 3;
 const LINK_TYPE_CGROUP: u32 = 3;
-
-const MAP_LOOKUP_ELEM: libc::c_long = 1;
-const MAP_UPDATE_ELEM: libc::c_long = 2;
-const MAP_DELETE_ELEM: libc::c_long = 3;
-const MAP_GET_NEXT_KEY: libc::c_long = 4;
-const MAP_LOOKUP_BATCH: libc::c_long = 24;
-const MAP_UPDATE_BATCH: libc::c_long = 26;
-const MAP_DELETE_BATCH: libc::c_long = 27;
 
 /// Where in a socket's life a program on a cgroup runs; the values are
 /// `enum bpf_attach_type`'s.
@@ -324,208 +322,4 @@ pub fn tcx_links_on(ifindex: u32, chain: TcxChain) -> io::Result<Vec<u32>> {
     // SAFETY: both arrays are writable for `count` elements and outlive the call.
     unsafe { bpf(PROG_QUERY, &mut attr) }?;
     Ok(links.into_iter().take(attr.count as usize).filter(|id| *id != 0).collect())
-}
-
-/// The kernel has no batch calls, or not for this type of map (its ENOTSUPP has
-/// no name in libc).
-fn is_unsupported(e: &io::Error) -> bool {
-    const ENOTSUPP: i32 = 524;
-    matches!(e.raw_os_error(), Some(ENOTSUPP | libc::EINVAL | libc::EOPNOTSUPP))
-}
-
-/// `struct { … } batch` of `union bpf_attr`.
-#[repr(C)]
-#[derive(Default)]
-struct BatchAttr {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map_fd: u32,
-    elem_flags: u64,
-    flags: u64,
-}
-
-/// The `MAP_*_ELEM` commands' member.
-#[repr(C)]
-#[derive(Default)]
-struct ElemAttr {
-    map_fd: u32,
-    _pad: u32,
-    key: u64,
-    /// The next key, for `MAP_GET_NEXT_KEY`.
-    value: u64,
-    flags: u64,
-}
-
-/// Entries of a map of which many are read or written at once. Kernels without
-/// batch calls for its type (hashes: before 5.6; LPM tries: before 5.14) are served
-/// one entry at a time.
-///
-/// `K` and `V` must be what the map was made with: whoever opens one has compared
-/// its sizes.
-pub struct Batch<'a, K, V> {
-    map: BorrowedFd<'a>,
-    kinds: std::marker::PhantomData<(K, V)>,
-}
-
-impl<'a, K: aya::Pod, V: aya::Pod> Batch<'a, K, V> {
-    pub fn of(map: BorrowedFd<'a>) -> Self {
-        Self { map, kinds: std::marker::PhantomData }
-    }
-
-    /// Puts every entry, in order. An error says how many were put before it.
-    pub fn put(&self, keys: &[K], values: &[V]) -> Result<(), (usize, io::Error)> {
-        assert_eq!(keys.len(), values.len(), "a value for every key");
-        self.many(MAP_UPDATE_BATCH, keys, values.as_ptr() as u64, |i| self.put_one(&keys[i], &values[i]))
-    }
-
-    /// Removes every entry; one that is not there is removed.
-    pub fn delete(&self, keys: &[K]) -> Result<(), (usize, io::Error)> {
-        let mut done = 0;
-        while done < keys.len() {
-            let rest = &keys[done..];
-            match self.many(MAP_DELETE_BATCH, rest, 0, |i| self.delete_one(&rest[i])) {
-                Ok(()) => return Ok(()),
-                Err((n, e)) if e.raw_os_error() == Some(libc::ENOENT) => done += n + 1,
-                Err((n, e)) => return Err((done + n, e)),
-            }
-        }
-        Ok(())
-    }
-
-    fn many(
-        &self,
-        command: libc::c_long,
-        keys: &[K],
-        values: u64,
-        one: impl Fn(usize) -> io::Result<()>,
-    ) -> Result<(), (usize, io::Error)> {
-        if keys.is_empty() {
-            return Ok(());
-        }
-        let mut attr = BatchAttr {
-            keys: keys.as_ptr() as u64,
-            values,
-            count: u32::try_from(keys.len()).map_err(|e| (0, io::Error::other(e)))?,
-            map_fd: raw(self.map),
-            ..Default::default()
-        };
-        // SAFETY: the arrays outlive the call and have `count` elements of the
-        // map's sizes; these commands only read them.
-        match unsafe { bpf(command, &mut attr) } {
-            Ok(_) => Ok(()),
-            // Before it looks at a map without batch calls the kernel sets no count.
-            Err(e) if is_unsupported(&e) && attr.count as usize == keys.len() => {
-                (0..keys.len()).try_for_each(|i| one(i).map_err(|e| (i, e)))
-            }
-            Err(e) => Err((attr.count as usize, e)),
-        }
-    }
-
-    fn put_one(&self, key: &K, value: &V) -> io::Result<()> {
-        let mut attr = ElemAttr {
-            map_fd: raw(self.map),
-            key: std::ptr::from_ref(key) as u64,
-            value: std::ptr::from_ref(value) as u64,
-            ..Default::default()
-        };
-        // SAFETY: key and value outlive the call and have the map's sizes.
-        unsafe { bpf(MAP_UPDATE_ELEM, &mut attr) }.map(drop)
-    }
-
-    fn delete_one(&self, key: &K) -> io::Result<()> {
-        let key = std::ptr::from_ref(key) as u64;
-        let mut attr = ElemAttr { map_fd: raw(self.map), key, ..Default::default() };
-        // SAFETY: the key outlives the call and has the map's size.
-        unsafe { bpf(MAP_DELETE_ELEM, &mut attr) }.map(drop)
-    }
-
-    /// Every entry. With writers at work some may be missed.
-    pub fn read_all(&self) -> io::Result<Vec<(K, V)>>
-    where
-        K: Default,
-        V: Default,
-    {
-        const STEP: usize = 4096;
-        let mut found = Vec::new();
-        let (mut from, mut to) = (0u64, 0u64);
-        let mut first = true;
-        let (mut keys, mut values) = (vec![K::default(); STEP], vec![V::default(); STEP]);
-        loop {
-            let mut attr = BatchAttr {
-                in_batch: if first { 0 } else { &raw const from as u64 },
-                out_batch: &raw mut to as u64,
-                keys: keys.as_mut_ptr() as u64,
-                values: values.as_mut_ptr() as u64,
-                count: STEP as u32,
-                map_fd: raw(self.map),
-                ..Default::default()
-            };
-            // SAFETY: the arrays are writable for `count` elements of the map's
-            // sizes, of which any bytes are a value; the batch positions are
-            // numbers of a hash's buckets, 4 bytes.
-            let done = unsafe { bpf(MAP_LOOKUP_BATCH, &mut attr) };
-            let last = match done {
-                Ok(_) => false,
-                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => true,
-                // A bucket with more entries than there is room for.
-                Err(e) if e.raw_os_error() == Some(libc::ENOSPC) => {
-                    let room = keys.len() * 2;
-                    keys.resize(room, K::default());
-                    values.resize(room, V::default());
-                    continue;
-                }
-                Err(e) if first && is_unsupported(&e) => {
-                    return self.walk();
-                }
-                Err(e) => return Err(e),
-            };
-            let n = attr.count as usize;
-            found.extend(keys[..n].iter().copied().zip(values[..n].iter().copied()));
-            if last {
-                return Ok(found);
-            }
-            (from, first) = (to, false);
-        }
-    }
-
-    /// Key by key.
-    fn walk(&self) -> io::Result<Vec<(K, V)>>
-    where
-        K: Default,
-        V: Default,
-    {
-        let mut found = Vec::new();
-        let mut key: Option<K> = None;
-        loop {
-            let mut next = K::default();
-            let mut attr = ElemAttr {
-                map_fd: raw(self.map),
-                key: key.as_ref().map_or(0, |key| std::ptr::from_ref(key) as u64),
-                value: &raw mut next as u64,
-                ..Default::default()
-            };
-            // SAFETY: both keys outlive the call and have the map's size.
-            match unsafe { bpf(MAP_GET_NEXT_KEY, &mut attr) } {
-                Ok(_) => {}
-                Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(found),
-                Err(e) => return Err(e),
-            }
-            let mut value = V::default();
-            let mut attr = ElemAttr {
-                map_fd: raw(self.map),
-                key: &raw const next as u64,
-                value: &raw mut value as u64,
-                ..Default::default()
-            };
-            // SAFETY: the key is readable and the value writable, both of the
-            // map's sizes.
-            if unsafe { bpf(MAP_LOOKUP_ELEM, &mut attr) }.is_ok() {
-                found.push((next, value));
-            }
-            key = Some(next);
-        }
-    }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use fairway::service::maps::{Chunk, Gone, MemoryMaps, ReadFailed, ServiceMaps, Tables, WriteFailed};
+use fairway::service::maps::{Chunk, MemoryMaps, ReadFailed, ServiceMaps, Tables, WriteFailed};
 use fairway_ebpf_abi as abi;
 
 use super::oracle::Question;
@@ -96,9 +96,6 @@ impl ServiceMaps for Recorder {
     }
     fn capacity(&self) -> fairway::service::maps::Counts {
         self.maps.capacity
-    }
-    fn backends_gone(&mut self, gone: &[Gone]) {
-        self.maps.backends_gone(gone);
     }
 }
 

@@ -180,7 +180,7 @@ pub struct Original {
     pub backend: u32,
 }
 
-/// For unconnected UDP sockets: one may talk to many Services.
+/// For UDP sockets: an unconnected one may talk to many Services.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketKey {
@@ -194,7 +194,7 @@ pub struct SocketKey {
 
 /// One direction of a translated flow, as its packets look before translation.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FlowKey {
     pub src: Addr,
     pub dst: Addr,
