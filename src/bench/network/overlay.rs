@@ -6,6 +6,8 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::lab::vpc::ns::{self, OwnedNetns};
+
 /// One end: a node's namespace (by `ip netns` name) and its address in the VPC.
 #[derive(Clone, Debug)]
 pub struct End {
@@ -17,6 +19,9 @@ pub struct End {
 pub struct Overlay {
     ends: [End; 2],
     pods: [String; 2],
+    /// Not by `ip netns`: on a machine where it is the first to make one, it puts
+    /// a mount over those that are there, and they cannot be removed any more.
+    namespaces: Vec<OwnedNetns>,
 }
 
 /// The header VXLAN adds over IPv4.
@@ -25,10 +30,12 @@ const OVERHEAD: u32 = 50;
 impl Overlay {
     /// `prefix` starts the names of the two pod namespaces.
     pub fn build(prefix: &str, ends: [End; 2], mtu: u32) -> io::Result<Self> {
-        let overlay = Self { pods: [0, 1].map(|i| format!("{prefix}vx{i}")), ends };
+        let pods = [0, 1].map(|i| format!("{prefix}vx{i}"));
+        let mut overlay = Self { pods, ends, namespaces: Vec::new() };
         // What a killed run left behind would be in the way.
         overlay.remove();
         for side in 0..2 {
+            overlay.namespaces.push(OwnedNetns::create(&overlay.pods[side]).map_err(io::Error::other)?);
             overlay.build_side(side, mtu - OVERHEAD)?;
         }
         Ok(overlay)
@@ -41,7 +48,6 @@ impl Overlay {
         let (own_ip, other_ip) = (own.underlay.to_string(), other.underlay.to_string());
         let n = side;
         let o = 1 - side;
-        ip(&format!("netns add {pod}"))?;
         ip(&format!(
             "-n {node} link add flannel.1 address {own_mac} mtu {mtu} type vxlan id 1 local {own_ip} dev eth0 dstport 8472 nolearning"
         ))?;
@@ -74,7 +80,7 @@ impl Overlay {
     fn remove(&self) {
         for (end, pod) in self.ends.iter().zip(&self.pods) {
             // Each may be gone already.
-            let _ = ip(&format!("netns del {pod}"));
+            let _ = ns::remove(&Path::new(ns::NETNS_DIR).join(pod));
             let _ = ip(&format!("-n {} link del flannel.1", end.node));
             let _ = ip(&format!("-n {} link del cni0", end.node));
         }
