@@ -25,7 +25,7 @@ use crate::bench::stats::{Params, Sample};
 use crate::cluster::{self, NodeInfo};
 use crate::datapath::Datapath;
 use crate::datapath::services::KernelMaps;
-use crate::service::maps::{Chunk, Counts, Gone, ReadFailed, ServiceMaps, Tables, WriteFailed};
+use crate::service::maps::{Chunk, Counts, ReadFailed, ServiceMaps, Tables, WriteFailed};
 use crate::service::status::ServiceSnapshot;
 use crate::service::{Deps, ServiceMap};
 
@@ -58,9 +58,6 @@ impl ServiceMaps for Told {
     }
     fn capacity(&self) -> Counts {
         self.maps.capacity()
-    }
-    fn backends_gone(&mut self, gone: &[Gone]) {
-        self.maps.backends_gone(gone);
     }
 }
 
@@ -96,6 +93,8 @@ impl Carrier {
                 let maps = maps.lock().unwrap_or_else(|broken| broken.into_inner()).take();
                 Ok(Box::new(maps.ok_or("the maps were given to an earlier embodiment")?))
             }),
+            // What programs fill is not looked after: nothing passes them here.
+            flows: None,
             snapshots,
         };
         let mut tree = Tree::new(Registry::default(), Placement::OwnThread, ChildPolicy::default());
