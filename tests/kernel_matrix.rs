@@ -41,13 +41,6 @@ struct Suite {
 
 const SUITES: &[Suite] = &[
     Suite {
-        name: "service_sctp",
-        programs: &["ip"],
-        modules: &["veth", "sch_ingress", "cls_bpf", "sctp"],
-        without: &[],
-        only: &[],
-    },
-    Suite {
         name: "service_packets",
         programs: &["ip"],
         modules: &["veth", "sch_ingress", "cls_bpf"],
@@ -64,6 +57,35 @@ const SUITES: &[Suite] = &[
             "a_client_stays_who_it_is_when_the_service_wants_that",
             "a_smaller_path_is_discovered_in_both_directions",
         ],
+    },
+    Suite {
+        name: "datapath_pods",
+        programs: &["ip", "tc"],
+        modules: &["veth", "sch_ingress", "cls_bpf"],
+        without: &[],
+        only: &[],
+    },
+    Suite {
+        name: "netns_wiring",
+        programs: &["ip", "tc", "nft", "sysctl"],
+        modules: &[
+            "veth",
+            "bridge",
+            "sch_ingress",
+            "cls_bpf",
+            "sch_tbf",
+            "ifb",
+            "cls_u32",
+            "act_mirred",
+            "nft_fib_ipv4",
+        ],
+        without: &[
+            ("shared::two_hundred_pods_are_wired_in_parallel", "minutes, and the same steps as for one pod"),
+            ("exclusive::an_eni_comes_back_from_a_namespace_that_died", "answers within 0.4 s, too soon when emulated"),
+            ("shared::an_eni_is_awaited_prepared_restored_and_forgotten", "as little time to answer"),
+            ("programs::an_undo_does_not_overtake_what_it_undoes", "about our threads, not about the kernel"),
+        ],
+        only: &[],
     },
 ];
 

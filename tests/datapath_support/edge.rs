@@ -70,7 +70,16 @@ impl Edge {
     pub fn new(test: &str) -> Option<Self> {
         let node = Node::new(test)?;
         let (router, client, elsewhere) = (Netns::new(), Netns::new(), Netns::new());
+        // Addresses are good at once, or first packets would be sent again.
+        let at_once = || sysctl("ipv6/conf/default/accept_dad", "0");
+        at_once();
+        for netns in [&router, &client, &elsewhere] {
+            netns.run(at_once);
+        }
         router.run(|| {
+            // Every packet that is too big is told of.
+            sysctl("ipv4/icmp_ratelimit", "0");
+            sysctl("ipv6/icmp/ratelimit", "0");
             sysctl("ipv4/ip_forward", "1");
             sysctl("ipv6/conf/all/forwarding", "1");
             // As a VPC does: from the node's ENI only what is led there.
