@@ -13,6 +13,7 @@
 
 mod clsact;
 mod entry;
+mod error;
 pub mod flows;
 mod hook;
 pub(crate) mod pins;
@@ -30,7 +31,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use aya::maps::{MapError, PerCpuValues};
 pub use fairway_ebpf_abi::Counters;
@@ -38,6 +39,8 @@ use fairway_ebpf_abi::{Endpoint, IN_POD, MAX_ENDPOINTS};
 use serde::Serialize;
 
 use self::entry::Entry;
+pub use self::error::DatapathError;
+use self::error::refusal;
 pub use self::hook::Device;
 use self::hook::{Direction, Place, chain, has_tcx};
 use self::pins::{PinName, Pins, pin_of};
@@ -111,32 +114,6 @@ pub struct Attached {
     pub programs: [u32; 2],
     /// Its packets may pass by the node's stack.
     pub short: bool,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum DatapathError {
-    #[error("{0} is not a BPF file system; mount one with `mount -t bpf bpf {0}`")]
-    NotBpffs(PathBuf),
-    #[error("{path}: {cause}")]
-    Pins { path: PathBuf, cause: io::Error },
-    #[error("the kernel refused {what}: {cause}")]
-    Refused { what: String, cause: String },
-    #[error("the embedded eBPF object is not this build's: {0}; build again without FAIRWAY_EBPF_OBJECT")]
-    Object(String),
-    #[error("{attachment}: its names are too long to pin")]
-    NameTooLong { attachment: AttachmentId },
-    #[error("{attachment}: cannot attach to {device}: {cause}")]
-    Attach { attachment: AttachmentId, device: String, cause: io::Error },
-    #[error("all {MAX_ENDPOINTS} endpoint numbers are in use")]
-    Full,
-    #[error("counters: {0}")]
-    Counters(MapError),
-    #[error("addresses of pods: {0}")]
-    Ways(MapError),
-    #[error("Services at the socket: {}{cause}", path.as_ref().map(|p| format!("{}: ", p.display())).unwrap_or_default())]
-    Cgroup { path: Option<PathBuf>, cause: String },
-    #[error("cannot attach to ENI device {ifindex}: {cause}")]
-    Eni { ifindex: u32, cause: io::Error },
 }
 
 /// Which kernel interface to use where. A kernel without tcx uses clsact for all.
@@ -458,20 +435,4 @@ impl Datapath {
         let known = &self.known;
         self.ways.retain(|endpoint| known.values().any(|e| e.endpoint == endpoint))
     }
-}
-
-/// With the cause's whole chain, and the remedy when it is a matter of rights.
-fn refusal(what: &str, error: &(dyn std::error::Error + 'static)) -> DatapathError {
-    let mut cause = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        let text = inner.to_string();
-        if inner.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::PermissionDenied) {
-            cause.push_str(": the process needs CAP_BPF and CAP_NET_ADMIN, before kernel 5.8 CAP_SYS_ADMIN");
-        } else if !cause.contains(&text) {
-            cause = format!("{cause}: {text}");
-        }
-        source = inner.source();
-    }
-    DatapathError::Refused { what: what.to_owned(), cause }
 }

@@ -21,9 +21,10 @@ use fairway_ebpf_abi::{
     SOURCE_RANGES, SlotKey, SocketKey, TrieKey, UPLINK, Uplink,
 };
 
+use super::DatapathError;
+use super::error::refusal;
 use super::hook::{Direction, Place, chain};
 use super::pins::Pins;
-use super::{DatapathError, refusal};
 use crate::sys::bpf::{self, TcxChain};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/fairway-ebpf.o"));
