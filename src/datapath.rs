@@ -40,7 +40,6 @@ use serde::Serialize;
 
 use self::entry::Entry;
 pub use self::error::DatapathError;
-use self::error::refusal;
 pub use self::hook::Device;
 use self::hook::{Direction, Place, chain, has_tcx};
 use self::pins::{PinName, Pins, pin_of};
