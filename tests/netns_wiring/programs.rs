@@ -1,8 +1,10 @@
 //! The hook for programs, and what happens when a wiring thread dies in it.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use fairway::agent::programs::Programs;
 use fairway::datapath::{Datapath, Options, Via};
@@ -76,6 +78,34 @@ impl PodPrograms for Probe {
         *self.uplink.lock().unwrap() = Some((name.map(|n| n.to_string_lossy().into_owned()), own));
         Ok(())
     }
+}
+
+#[test]
+fn the_programs_are_told_which_device_carries_the_nodes_own_traffic() {
+    let test = "the_programs_are_told_which_device_carries_the_nodes_own_traffic";
+    if skipped(test) {
+        return;
+    }
+    let lab = Lab::new();
+    let probe = Arc::new(Probe::default());
+    let told = |probe: &Probe| probe.uplink.lock().unwrap().clone();
+    let own = |device: &str, more: &[&str]| {
+        let more = more.iter().map(|ip| ip.parse().unwrap());
+        Some((Some(device.to_owned()), [NODE4.into(), NODE6.into()].into_iter().chain(more).collect::<BTreeSet<_>>()))
+    };
+    let as_set = |told: Option<Told>| told.map(|(device, own)| (device, own.into_iter().collect::<BTreeSet<_>>()));
+    lab.run_with(probe.clone(), async |_| {
+        let until = async |wanted: Option<(Option<String>, BTreeSet<_>)>| {
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while as_set(told(&probe)) != wanted {
+                assert!(Instant::now() < deadline, "{:?}", told(&probe));
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        until(own("eth0", &[])).await;
+        ip(&format!("-n {} addr add 10.0.0.77/24 dev eth0", lab.node));
+        until(own("eth0", &["10.0.0.77"])).await;
+    });
 }
 
 #[test]
