@@ -205,6 +205,7 @@ impl ServiceMap {
             Desk::open(maps, index).map_err(|e| e.to_string())
         });
         let worker = worker.await.map_err(StartError::new)?;
+        let adopted = worker.call(|desk| desk.adopted()).await.map_err(StartError::new)?;
         let tending = tending::start(deps.flows.clone()).await?;
         Ok(Self {
             node: Arc::new(NodeFacts { name: deps.node_name.as_str().into(), ..NodeFacts::default() }),
@@ -215,7 +216,7 @@ impl ServiceMap {
             pressure: Pressure::default(),
             health: HealthPorts::default(),
             told: BTreeSet::new(),
-            snapshot: ServiceSnapshot::default(),
+            snapshot: ServiceSnapshot { adopted, ..ServiceSnapshot::default() },
             synced_at: None,
             busy: false,
             again: false,

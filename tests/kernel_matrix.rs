@@ -55,7 +55,6 @@ const SUITES: &[Suite] = &[
         only: &[
             "connections_are_carried_both_ways_and_their_end_is_seen",
             "a_client_stays_who_it_is_when_the_service_wants_that",
-            "a_smaller_path_is_discovered_in_both_directions",
         ],
     },
     Suite {

@@ -85,19 +85,21 @@ fn what_has_ended_goes_and_what_is_in_use_stays() {
         flow(&mut table, 5, TCP, 1, [100, 100], FLOW_ENDED),
         // Its backend is gone, and it with it.
         flow(&mut table, 6, TCP, 2, [1, 1], 0),
+        // In use: its next packet finds another backend.
+        flow(&mut table, 7, UDP, 2, [1, 1], 0),
     ];
     let goes = [
         flow(&mut table, 11, UDP, 1, [31, 31], 0),
         flow(&mut table, 12, UDP, 1, [125, 124], 0),
         flow(&mut table, 13, TCP, 1, [130, 130], FLOW_ENDED),
-        flow(&mut table, 14, UDP, 2, [1, 1], 0),
+        flow(&mut table, 14, UDP, 2, [5, 5], 0),
     ];
     let tended = pass(&mut tender(&datapath));
     let here = |key: &FlowKey| table.get(key, 0).is_ok();
-    assert_eq!(stays.map(|key| here(&key)), [true; 6]);
+    assert_eq!(stays.map(|key| here(&key)), [true; 7]);
     assert_eq!(goes.map(|key| here(&key)), [false; 4]);
-    assert_eq!(table.keys().count(), 12);
-    assert_eq!((tended.expired, tended.orphaned, tended.uses[0].entries), (6, 2, 12));
+    assert_eq!(table.keys().count(), 14);
+    assert_eq!((tended.expired, tended.orphaned, tended.uses[0].entries), (6, 2, 14));
 }
 
 #[test]

@@ -32,7 +32,7 @@ pub fn cni(socket: PathBuf) -> (&'static str, ReadyCheck) {
     ("cni", Arc::new(check))
 }
 
-/// The kernel's maps say what the cluster says, for the first time in this run.
+/// The kernel's maps say what the cluster says, or what it said to an earlier run.
 pub fn services(seen: watch::Receiver<Arc<ServiceSnapshot>>) -> (&'static str, ReadyCheck) {
     ("services", Arc::new(move || seen.borrow().ready()))
 }
@@ -57,6 +57,9 @@ mod tests {
         assert!(check().unwrap_err().contains("the start"));
         sender.send_modify(|s| Arc::make_mut(s).awaited = Some("the first full list of Services".to_owned()));
         assert_eq!(check().unwrap_err(), "waiting for the first full list of Services");
+        sender.send_modify(|s| Arc::make_mut(s).adopted = true);
+        assert_eq!(check(), Ok(()), "they go on as an earlier run left them");
+        sender.send_modify(|s| Arc::make_mut(s).adopted = false);
         sender.send_modify(|s| (Arc::make_mut(s).awaited, Arc::make_mut(s).syncs) = (None, 1));
         assert_eq!(check(), Ok(()));
     }

@@ -99,6 +99,11 @@ pub fn least(protocol: u8, squeeze: u8) -> u64 {
     (normal >> squeeze.min(32)).max(LEAST)
 }
 
+/// Seconds of silence after which an entry goes whose backend is gone. The next
+/// packet to the Service moves the flow without our help; until then an answer
+/// that is on its way must be known. Packets are noted once a second.
+pub const ORPHANED: u64 = 3;
+
 /// Whether a flow leaves a backend that is gone: a datagram finds another one, a
 /// TCP connection ends where it was.
 pub fn leaves_its_backend(protocol: u8) -> bool {

@@ -38,6 +38,11 @@ impl Desk {
         Ok(Self { syncer: Syncer::open(maps)?, index })
     }
 
+    /// Whether the maps hold what an earlier run wrote.
+    pub fn adopted(&self) -> bool {
+        self.syncer.book.used().frontends > 0
+    }
+
     /// Bring the maps up to date; `None` while the cluster is not known whole.
     pub fn sync(&mut self, node: Arc<NodeFacts>, retry: bool) -> Result<Option<Synced>, SyncError> {
         let began = Instant::now();

@@ -19,6 +19,10 @@ const SHOWN: usize = 200;
 pub struct ServiceSnapshot {
     /// Why nothing has been written yet.
     pub awaited: Option<String>,
+    /// The maps held what an earlier run wrote: until the cluster is known again,
+    /// Services go on as they were.
+    #[serde(default)]
+    pub adopted: bool,
     pub known: Known,
     /// Services with entries in the maps.
     pub services: usize,
@@ -56,11 +60,12 @@ impl ServiceSnapshot {
         self.written += done.written as u64;
     }
 
-    /// Whether the maps say what the cluster says, or what is awaited. Once they
-    /// did they are kept so: trouble with single Services is no reason to send
-    /// pods elsewhere.
+    /// Whether the maps say what the cluster says or lately said, or what is
+    /// awaited. Once they did they are kept so: neither trouble with single Services
+    /// nor an API server that is away is a reason to send pods elsewhere.
     pub fn ready(&self) -> Result<(), String> {
         match (&self.awaited, self.syncs) {
+            _ if self.adopted => Ok(()),
             (None, 0) => Err("waiting for the start of ServiceMap".to_owned()),
             (None, _) => Ok(()),
             (Some(what), _) => Err(format!("waiting for {what}")),

@@ -225,12 +225,13 @@ impl Tender {
             if ended.contains(&key) {
                 continue;
             }
-            if ages::leaves_its_backend(key.protocol) && !self.lives(flow.backend)? {
+            let silent = now.saturating_sub(flow.last_used);
+            let leaves = ages::leaves_its_backend(key.protocol) && silent >= ages::ORPHANED * ages::SECOND;
+            if leaves && !self.lives(flow.backend)? {
                 self.tended.orphaned += 1;
                 ended.insert(key);
                 continue;
             }
-            let silent = now.saturating_sub(flow.last_used);
             if silent >= ages::least(key.protocol, squeeze) * ages::SECOND {
                 let other = ages::partner(&key, &flow);
                 let partner = self.tables.flow(&other)?;
