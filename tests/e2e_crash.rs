@@ -50,6 +50,9 @@ fn every_step_is_killed_at() {
     assert_eq!(tried, all);
 }
 
+/// Ends the names of pods that have an ENI of their own.
+const EXCLUSIVE: &str = "x";
+
 /// Pods of one node, made under names that are never used twice.
 struct Pods<'a> {
     lab: &'a Lab,
@@ -65,9 +68,13 @@ impl<'a> Pods<'a> {
 
     fn create(&mut self, exclusive: bool) {
         self.made += 1;
-        let name = format!("c{}-{}", self.node, self.made);
+        let name = format!("c{}-{}{}", self.node, self.made, if exclusive { EXCLUSIVE } else { "" });
         self.lab.create(self.node, &name, exclusive);
         self.present.push(name);
+    }
+
+    fn exclusives(&self) -> usize {
+        self.present.iter().filter(|name| name.ends_with(EXCLUSIVE)).count()
     }
 
     fn delete(&mut self, at: usize) {
@@ -295,7 +302,8 @@ async fn random_kills_under_churn_leak_nothing() {
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                 let full = pods.present.len() >= 6;
                 if pods.present.is_empty() || (!full && rng.random_bool(0.6)) {
-                    let exclusive = rng.random_bool(0.2);
+                    // Of the node's three places one is for the pods that share.
+                    let exclusive = rng.random_bool(0.2) && pods.exclusives() < 2;
                     pods.create(exclusive);
                 } else {
                     let at = rng.random_range(0..pods.present.len());
