@@ -1,3 +1,5 @@
+//! What of an object is taken over, and what is refused with which words.
+
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use serde_json::{Value, json};
