@@ -130,16 +130,7 @@ async fn pods_and_nodes_reach_a_service_also_while_the_agent_is_dead() {
     for name in ["web0", "web1", "web2", "ask0", "ask1"] {
         records.push(lab.ready(name).await);
     }
-    let port =
-        |protocol: &str| json!({"name": protocol.to_lowercase(), "port": 80, "targetPort": 8080, "protocol": protocol});
-    lab.kube()
-        .apply(json!({
-            "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web"},
-            "spec": {"selector": {"app": "web"}, "ports": [port("TCP"), port("UDP")]},
-        }))
-        .unwrap();
-    let service = lab.kube().get("Service", "default", "web").unwrap();
-    let at: SocketAddr = format!("{}:80", service["spec"]["clusterIP"].as_str().unwrap()).parse().unwrap();
+    let at = lab.serve_web();
     let all: BTreeSet<String> = ["web0", "web1", "web2"].map(str::to_owned).into();
 
     let mut clients: Vec<(String, Netns)> = records.iter().map(|r| (r.pod.name.clone(), ns(r))).collect();

@@ -153,16 +153,7 @@ async fn an_upgrade_under_load_costs_no_connection_and_no_flow() {
         lab.ready(name).await;
     }
     let ask = ns(&lab.ready("ask").await);
-    let port =
-        |protocol: &str| json!({"name": protocol.to_lowercase(), "port": 80, "targetPort": 8080, "protocol": protocol});
-    lab.kube()
-        .apply(json!({
-            "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web"},
-            "spec": {"selector": {"app": "web"}, "ports": [port("TCP"), port("UDP")]},
-        }))
-        .unwrap();
-    let service = lab.kube().get("Service", "default", "web").unwrap();
-    let at: SocketAddr = format!("{}:80", service["spec"]["clusterIP"].as_str().unwrap()).parse().unwrap();
+    let at = lab.serve_web();
     lab.until("all backends in the maps", Duration::from_secs(20), async || {
         let explained = lab.view(0, &format!("/debug/trace?from=node&to={at}")).await?;
         let chosen = explained["backends"].as_array().map_or(0, |b| b.iter().filter(|b| !b["slot"].is_null()).count());

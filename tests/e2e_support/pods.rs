@@ -33,6 +33,18 @@ impl Lab {
         self.kube().apply(pod(name, &self.node(index).name, exclusive)).unwrap();
     }
 
+    /// A Service of the pods labelled `app: web`, TCP and UDP; its address.
+    pub fn serve_web(&self) -> std::net::SocketAddr {
+        let port = |protocol: &str| json!({"name": protocol.to_lowercase(), "port": 80, "targetPort": 8080, "protocol": protocol});
+        let service = json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web"},
+            "spec": {"selector": {"app": "web"}, "ports": [port("TCP"), port("UDP")]},
+        });
+        self.kube().apply(service).unwrap();
+        let service = self.kube().get("Service", "default", "web").unwrap();
+        format!("{}:80", service["spec"]["clusterIP"].as_str().unwrap()).parse().unwrap()
+    }
+
     pub fn delete(&self, name: &str) {
         self.kube().delete("Pod", "default", name).unwrap();
     }
