@@ -48,7 +48,7 @@ pub use self::sockets::cgroup_root;
 use self::takeover::Held;
 use self::upgrade::{Awaits, Layout, Upgrade};
 pub use self::uplink::Uplink;
-pub use self::ways::Way;
+pub use self::ways::{NodeLink, Way};
 use self::ways::Ways;
 use crate::model::{AttachMode, AttachmentId};
 use crate::sys::bpf;

@@ -645,6 +645,7 @@ fn wiring_threads_attach_in_parallel_and_verify_what_they_attached() {
                     host_ifname: name,
                     host_ifindex: index(name),
                     eni_ifindex: None,
+                    node_link: None,
                     shared_eni: None,
                     netns_cookie: None,
                 };
@@ -679,6 +680,7 @@ fn an_exclusive_enis_programs_are_verified_where_it_is() {
         host_ifname: "h",
         host_ifindex: 0,
         eni_ifindex: Some(index("eni1")),
+        node_link: None,
         shared_eni: None,
         netns_cookie: None,
     };
@@ -705,6 +707,7 @@ fn where_a_move_loses_programs_they_are_attached_inside_and_taken_up_again() {
         host_ifname: "h",
         host_ifindex: 0,
         eni_ifindex: Some(index("eni1")),
+        node_link: None,
         shared_eni: None,
         netns_cookie: None,
     };

@@ -5,12 +5,13 @@
 
 mod datapath_support;
 
-use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::time::Duration;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use aya::maps::{HashMap, Map, MapData};
-use datapath_support::{Node, Services, TestPod, UDP};
+use datapath_support::{Node, Services, TCP, TestPod, UDP};
 use fairway::datapath::Datapath;
 use fairway::service::ages::{SECOND, partner};
 use fairway::service::maps::{Chunk, Gone, ServiceMaps as _};
@@ -18,20 +19,31 @@ use fairway::service::model::Protocol;
 use fairway::service::tend::{Tended, Tender};
 use fairway::sys::clock::monotonic_ns;
 use fairway_ebpf_abi::{
-    Addr, Backend, EVENT_TABLE_FULL, FLOW_ENDED, FLOW_FORWARD, FLOWS, Flow, FlowKey, LAYOUT_VERSION, MAX_FLOWS,
-    SCOPE_INSIDE,
+    Addr, Backend, EVENT_TABLE_FULL, FLOW_ENDED, FLOW_ENDED_BACKEND, FLOW_ENDED_CLIENT, FLOW_FORWARD, FLOW_REVERSE,
+    FLOWS, Flow, FlowKey, LAYOUT_VERSION, MAX_FLOWS, SCOPE_INSIDE, SPARE_FLOWS,
 };
+use socket2::{Domain, SockRef, Socket, Type};
 
 const VIP: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 96, 0, 1)), 80);
 const VIP6: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 1)), 80);
 const PATIENCE: Duration = Duration::from_secs(2);
-const TCP: u8 = 6;
 
 type Table = HashMap<MapData, FlowKey, Flow>;
 
 fn table(node: &Node) -> Table {
     let pin = node.bpffs.join(format!("fairway/v{LAYOUT_VERSION}/maps/{FLOWS}"));
     HashMap::try_from(Map::HashMap(MapData::from_pin(pin).unwrap())).unwrap()
+}
+
+fn spare(node: &Node) -> Table {
+    let pin = node.bpffs.join(format!("fairway/v{LAYOUT_VERSION}/maps/{SPARE_FLOWS}"));
+    HashMap::try_from(Map::LruHashMap(MapData::from_pin(pin).unwrap())).unwrap()
+}
+
+fn empty(table: &mut Table) {
+    for key in table.keys().map(Result::unwrap).collect::<Vec<_>>() {
+        let _ = table.remove(&key);
+    }
 }
 
 fn tender(datapath: &Datapath) -> Tender {
@@ -125,8 +137,166 @@ fn a_full_table_has_room_again_once_a_flow_has_found_none() {
     println!("{MAX_FLOWS} entries looked at in {:?}", began.elapsed());
     assert_eq!(tended.uses[0].entries, MAX_FLOWS as usize / 4);
     assert_eq!(tended.flows["udp"], MAX_FLOWS as usize / 8);
-    socket.send_to(b"?", VIP).unwrap();
-    assert_eq!(table.keys().count(), MAX_FLOWS as usize / 4 + 2, "and now it has");
+    let another = client.netns.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+    another.send_to(b"?", VIP).unwrap();
+    assert_eq!(table.keys().count(), MAX_FLOWS as usize / 4 + 2, "and now there is");
+}
+
+/// Every place in the table is somebody's.
+fn fill(table: &mut Table) {
+    let mut n = 0;
+    while table.keys().count() < MAX_FLOWS as usize {
+        for _ in 0..MAX_FLOWS / 2 {
+            n += 1;
+            let key = FlowKey { sport: 9, dport: 9, src: Addr::v4(n), ..FlowKey::default() };
+            // An odd one fits no more.
+            let _ = table.insert(key, Flow { last_used: monotonic_ns(), ..Flow::default() }, 0);
+        }
+    }
+}
+
+#[test]
+fn a_flow_without_room_is_carried_and_stays_with_its_backend() {
+    let Some(node) = Node::new("a_flow_without_room_is_carried_and_stays_with_its_backend") else { return };
+    let (mut datapath, _) = node.open();
+    let (client, server) = (TestPod::new(2), TestPod::new(3));
+    for pod in [&client, &server] {
+        pod.attach(&mut datapath, |way| way.per_packet = true);
+    }
+    let mut services = Services::of(&datapath);
+    let sockets: Vec<_> = (0..5).map(|_| server.netns.run(|| UdpSocket::bind((server.v4, 0)).unwrap())).collect();
+    let listeners: Vec<_> = (0..5).map(|_| server.netns.run(|| TcpListener::bind((server.v4, 0)).unwrap())).collect();
+    let of_udp: Vec<_> = sockets.iter().map(|s| s.local_addr().unwrap()).collect();
+    let of_tcp: Vec<_> = listeners.iter().map(|l| l.local_addr().unwrap()).collect();
+    services.put(1, VIP, UDP, SCOPE_INSIDE, 0, &of_udp);
+    services.put(2, VIP, TCP, SCOPE_INSIDE, 0, &of_tcp);
+    let (mut table, mut spare) = (table(&node), spare(&node));
+    fill(&mut table);
+
+    // Each backend answers with its number.
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for (n, socket) in (0..).zip(&sockets) {
+            socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            let stop = &stop;
+            scope.spawn(move || {
+                while !stop.load(Relaxed) {
+                    if let Ok((_, from)) = socket.recv_from(&mut [0; 8]) {
+                        socket.send_to(&[n], from).unwrap();
+                    }
+                }
+            });
+        }
+        let asking = client.netns.run(|| udp("0.0.0.0:0", VIP));
+        let ask = || {
+            let mut answer = [255; 1];
+            asking.send(b"?").unwrap();
+            asking.recv(&mut answer).map(|_| answer[0])
+        };
+        let first = ask();
+        let others: Vec<_> = (0..20).map(|_| ask().ok()).collect();
+        let held = spare.keys().count();
+        // Even these are forgotten, after each packet.
+        let forgetful: Vec<_> = (0..20)
+            .map(|_| {
+                empty(&mut spare);
+                ask().ok()
+            })
+            .collect();
+        stop.store(true, Relaxed);
+        let first = first.expect("an answer");
+        assert_eq!(others, [Some(first); 20]);
+        assert_eq!(held, 2, "the flow's two entries");
+        assert_eq!(forgetful, [Some(first); 20]);
+    });
+    let full = datapath.service_events().unwrap()[EVENT_TABLE_FULL as usize];
+    assert_eq!(full, 21, "told of each time");
+
+    let stream = client.netns.run(|| TcpStream::connect_timeout(&VIP, PATIENCE)).expect("a connection");
+    let accepted = listeners
+        .iter()
+        .find_map(|listener| {
+            listener.set_nonblocking(true).unwrap();
+            listener.accept().ok()
+        })
+        .expect("somebody has it")
+        .0;
+    accepted.set_nonblocking(false).unwrap();
+    let payload = [7; 100_000];
+    for (from, to) in [(&stream, &accepted), (&accepted, &stream)] {
+        let (mut from, mut to, mut got) = (from, to, vec![0; payload.len()]);
+        to.set_read_timeout(Some(PATIENCE)).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(move || from.write_all(&payload).unwrap());
+            to.read_exact(&mut got).unwrap();
+        });
+    }
+    assert_eq!(table.keys().count(), MAX_FLOWS as usize, "nothing was taken from the others");
+}
+
+#[test]
+fn a_connection_that_has_ended_leaves_no_trace_on_the_next() {
+    let Some(node) = Node::new("a_connection_that_has_ended_leaves_no_trace_on_the_next") else { return };
+    let (mut datapath, _) = node.open();
+    let (client, server) = (TestPod::new(2), TestPod::new(3));
+    for pod in [&client, &server] {
+        pod.attach(&mut datapath, |way| way.per_packet = true);
+    }
+    let listener = server.netns.run(|| TcpListener::bind((server.v4, 0)).unwrap());
+    let direct = listener.local_addr().unwrap();
+    Services::of(&datapath).put(1, VIP, TCP, SCOPE_INSIDE, 0, &[direct]);
+    let table = table(&node);
+    let answers = || -> Vec<Flow> {
+        let entries = table.iter().map(Result::unwrap);
+        entries.filter(|(key, _)| key.kind == FLOW_REVERSE).map(|(_, flow)| flow).collect()
+    };
+    let flags_become = |expected: u16| {
+        let deadline = Instant::now() + PATIENCE;
+        while !matches!(answers()[..], [Flow { flags, .. }] if flags == expected) {
+            assert!(Instant::now() < deadline, "{:?} instead of {expected}", answers());
+            std::thread::yield_now();
+        }
+    };
+    let mut port = None;
+    // Whoever closes first; and a reset ends both.
+    for who_first in ["server", "reset", "client"] {
+        let to = |to: SocketAddr, port: Option<u16>| client.netns.run(move || connect_from(port, to));
+        let stream = to(VIP, port).expect("a connection");
+        port = Some(stream.local_addr().unwrap().port());
+        let (accepted, _) = listener.accept().unwrap();
+        flags_become(0);
+        let (first, then, bit) = match who_first {
+            "server" => (accepted, stream, FLOW_ENDED_BACKEND),
+            _ => (stream, accepted, FLOW_ENDED_CLIENT),
+        };
+        match who_first {
+            "reset" => SockRef::from(&first).set_linger(Some(Duration::ZERO)).unwrap(),
+            _ => {
+                first.shutdown(Shutdown::Write).unwrap();
+                flags_become(bit);
+                drop(then);
+            }
+        }
+        drop(first);
+        flags_become(FLOW_ENDED);
+    }
+    // The same ports again, to the backend itself: as nobody's Service.
+    let stream = client.netns.run(move || connect_from(port, direct)).expect("answers come from where they were sent");
+    listener.accept().unwrap().0.write_all(b"!").unwrap();
+    (&stream).read_exact(&mut [0; 1]).unwrap();
+    assert_eq!(answers(), []);
+}
+
+/// From a port that may have been used a moment ago.
+fn connect_from(port: Option<u16>, to: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    // Closing it leaves nothing behind that would keep the port.
+    socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port.unwrap_or(0))).into())?;
+    socket.connect_timeout(&to.into(), PATIENCE)?;
+    let stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
 }
 
 #[test]

@@ -313,8 +313,6 @@ fn a_process_of_the_node_is_a_backend_too() {
 fn a_pod_with_an_eni_of_its_own_answers_over_its_link_to_the_node() {
     let Some(mut edge) = Edge::new("a_pod_with_an_eni_of_its_own_answers_over_its_link_to_the_node") else { return };
     edge.exclusive();
-    // Not by the VPC: there is no way.
-    edge.router.run(|| ip("link set elsewhere down"));
     let program = || {
         let shown =
             std::process::Command::new("tc").args(["filter", "show", "dev", "xl0", "ingress"]).output().unwrap();
@@ -322,22 +320,49 @@ fn a_pod_with_an_eni_of_its_own_answers_over_its_link_to_the_node() {
         let id = shown.split_once(" id ").and_then(|(_, rest)| rest.split_whitespace().next()).map(str::to_owned);
         id.unwrap_or_else(|| panic!("no filter: {shown}"))
     };
+    // The router would bring an answer from the ENI to the client, who would not
+    // know it.
     let mut set = 0;
     for flags in [0, FRONTEND_LOCAL] {
         for (asked, frontend) in addresses() {
             set += 1;
+            let expected = if flags == 0 { node(asked.ip()) } else { client(asked.ip()) };
             let server = edge.udp_server(At::Elsewhere, asked.ip());
             edge.services.put(set, frontend, UDP, SCOPE_OUTSIDE, flags, &[server.local_addr().unwrap()]);
-            let seen = talk(&edge.asking(asked), &server, &[9; 9000]);
-            assert_eq!(seen.ip(), node(asked.ip()), "its own address would leave by its own ENI");
+            println!("{asked} {flags}");
+            for payload in [&b"q"[..], &[9; 9000]] {
+                let seen = talk(&edge.asking(asked), &server, payload);
+                assert_eq!(seen.ip(), expected, "{asked} {flags}");
+            }
+            set += 1;
+            let listener = edge.tcp_server(At::Elsewhere, asked.ip());
+            edge.services.put(set, frontend, TCP, SCOPE_OUTSIDE, flags, &[listener.local_addr().unwrap()]);
+            let mut stream = edge.connect(asked).unwrap();
+            let (mut server, seen) = listener.accept().unwrap();
+            assert_eq!(seen.ip(), expected, "{asked} {flags}");
+            pass(&mut stream, &mut server, 300_000);
+            pass(&mut server, &mut stream, 300_000);
+            drop(listener);
+            // And what nobody listens to.
+            assert_eq!(edge.connect(asked).unwrap_err().kind(), ErrorKind::ConnectionRefused, "{asked} {flags}");
+            let (_, nobody) = edge.backend(At::Elsewhere, asked.ip(), 4444);
+            edge.services.put(set + 100, frontend, UDP, SCOPE_OUTSIDE, flags, &[nobody]);
+            let asking = edge.asking(asked);
+            asking.send(b"?").unwrap();
+            assert_eq!(asking.recv(&mut [0; 8]).unwrap_err().kind(), ErrorKind::ConnectionRefused, "{asked} {flags}");
         }
     }
+    // Who comes by the VPC is answered there.
+    let (_, own) = edge.backend(At::Elsewhere, CLIENT4.into(), 5353);
+    talk(&edge.asking(own), &edge.udp_server(At::Elsewhere, CLIENT4.into()), b"direct");
     let before = program();
     let (next, _) = edge.node.open();
     drop(std::mem::replace(&mut edge.datapath, next));
     assert_ne!(program(), before, "the next agent's");
-    let (asked, _) = addresses()[0];
-    talk(&edge.asking(asked), &edge.udp_server(At::Elsewhere, asked.ip()), b"after");
+    let (asked, frontend) = addresses()[0];
+    let server = edge.udp_server(At::Elsewhere, asked.ip());
+    edge.services.put(set + 1, frontend, UDP, SCOPE_OUTSIDE, FRONTEND_LOCAL, &[server.local_addr().unwrap()]);
+    talk(&edge.asking(asked), &server, b"after");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use fairway_ebpf_abi::{Addr, EVENT_ERROR_TRANSLATED, EVENT_UNWRITABLE, FLOW_ANSW
 use crate::flow::{self, FORWARD, REVERSE, Scratch};
 use crate::packet::{ICMP, Packet, SCTP, TCP, UDP};
 use crate::rewrite::{End, ICMP6};
-use crate::{NEXT, event, outside, short};
+use crate::{NEXT, event, outside, short, table};
 
 /// What an error quotes: the packet that caused it.
 struct Quoted {
@@ -145,7 +145,7 @@ fn translate_entering(ctx: &TcContext, packet: &mut Packet) -> Option<bool> {
     let quoted = Quoted::of(ctx, packet)?;
     let scratch = flow::scratch()?;
     scratch.reverse = quoted.answered(REVERSE);
-    if !flow::find(&scratch.reverse, &mut scratch.found) {
+    if !table::find(&scratch.reverse, &mut scratch.found) {
         return None;
     }
     let flow = &scratch.found;
@@ -166,7 +166,7 @@ pub extern "C" fn error_arriving(skb: *mut __sk_buff) -> i32 {
     let Some(quoted) = Quoted::of(ctx, packet) else { return NEXT };
     let Some(scratch) = flow::scratch() else { return NEXT };
     scratch.forward = quoted.answered(FLOW_OUTSIDE);
-    if !flow::find(&scratch.forward, &mut scratch.found) {
+    if !table::find(&scratch.forward, &mut scratch.found) {
         return about_request(ctx, packet, &quoted, scratch);
     }
     // The backend knows itself, and whom it takes for the client.
@@ -197,11 +197,23 @@ pub extern "C" fn error_answering(skb: *mut __sk_buff) -> i32 {
     about_request(ctx, packet, &quoted, scratch)
 }
 
+/// Whether a pod tells somebody whom the node has brought to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn error_known(skb: *mut __sk_buff) -> i32 {
+    let ctx = &TcContext::new(skb);
+    let Some(packet) = &Packet::parse(ctx) else { return 0 };
+    let Some(quoted) = Quoted::of(ctx, packet) else { return 0 };
+    let Some(scratch) = flow::scratch() else { return 0 };
+    scratch.reverse = quoted.answered(FLOW_ANSWER);
+    i32::from(table::is_there(&scratch.reverse))
+}
+
 /// About what was sent on to a backend: the client is told, as if the Service did.
 #[inline(always)]
 fn about_request(ctx: &TcContext, packet: &mut Packet, quoted: &Quoted, scratch: &mut Scratch) -> i32 {
     scratch.reverse = quoted.answered(FLOW_ANSWER);
-    if !flow::find(&scratch.reverse, &mut scratch.found) {
+    if !table::find(&scratch.reverse, &mut scratch.found) {
         return NEXT;
     }
     let flow = &scratch.found;
@@ -243,7 +255,7 @@ fn translate_leaving(ctx: &TcContext, packet: &mut Packet) -> Option<bool> {
     let quoted = Quoted::of(ctx, packet)?;
     let scratch = flow::scratch()?;
     scratch.forward = quoted.answered(FORWARD);
-    if !flow::find(&scratch.forward, &mut scratch.found) {
+    if !table::find(&scratch.forward, &mut scratch.found) {
         return None;
     }
     let flow = &scratch.found;

@@ -8,7 +8,7 @@ use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{Addr, EVENT_COUNT, Pace, SAMPLE_INTERVAL, SAMPLES_SIZE, Sample};
 
 use crate::packet::{Packet, Ports};
-use crate::{account, flow};
+use crate::{account, table};
 
 #[btf_map]
 static EVENTS: PerCpuArray<u64, { EVENT_COUNT as usize }> = PerCpuArray::new();
@@ -42,7 +42,7 @@ pub extern "C" fn event_tell(skb: *mut __sk_buff, which: u32) -> i32 {
     let Some(pace) = PACES.get_ptr_mut(which) else { return 0 };
     // SAFETY: this CPU's own, written with bottom halves off.
     let pace = unsafe { &mut *pace };
-    let now = flow::now();
+    let now = table::now();
     if now.wrapping_sub(pace.last) < SAMPLE_INTERVAL {
         pace.untold = pace.untold.saturating_add(1);
         return 0;

@@ -21,6 +21,7 @@ mod sctp;
 mod service;
 mod short;
 mod socket;
+mod table;
 mod translate;
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;

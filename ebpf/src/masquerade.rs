@@ -8,12 +8,13 @@ use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{
     AFFINITY_ADDRESS, Addr, AffinityKey, BACKEND_DRAINING, EVENT_CHOSEN, EVENT_MOVED, EVENT_NO_PORT,
     EVENT_NOT_ADMITTED, EVENT_REFUSED, EVENT_TABLE_FULL, EVENT_UNANSWERED, FLOW_ANSWER, FLOW_ENDED, FLOW_ENDED_CLIENT,
-    FRONTEND_LOCAL, FRONTEND_SILENT, Flow, Frontend, OUTSIDE_PORTS, POD_AWAY,
+    FRONTEND_LOCAL, FRONTEND_SILENT, Flow, Frontend, OUTSIDE_PORTS, POD_ANSWERS, POD_AWAY,
 };
 
-use crate::flow::{self, Held, NO_FLOW, Scratch};
+use crate::flow::{self, NO_FLOW, Scratch};
 use crate::outside::ended;
 use crate::packet::{Packet, TCP, UDP};
+use crate::table::{self, Held};
 use crate::{event, service, short};
 
 /// How many ports, or backends, are tried for a new flow; and after how many of
@@ -29,7 +30,7 @@ const REST_DATAGRAMS: u64 = 30 * SECOND;
 /// then what its answers look like.
 #[inline(always)]
 pub fn goes_on(ctx: &TcContext, packet: &Packet, opens: bool, scratch: &mut Scratch) -> bool {
-    if !flow::find(&scratch.forward, &mut scratch.found) {
+    if !table::find(&scratch.forward, &mut scratch.found) {
         return false;
     }
     // A TCP connection stays with its backend to the end, and a new one of the
@@ -49,14 +50,14 @@ pub fn goes_on(ctx: &TcContext, packet: &Packet, opens: bool, scratch: &mut Scra
     scratch.reverse.dport = peer_port;
     scratch.reverse.kind = FLOW_ANSWER;
     let ended = ended(ctx, packet, FLOW_ENDED_CLIENT);
-    match flow::hold(&scratch.reverse, &scratch.forward.src, scratch.forward.sport, ended, opens) {
+    match table::hold(&scratch.reverse, &scratch.forward.src, scratch.forward.sport, ended, opens) {
         Held::Ours => true,
         // Its port is somebody else's by now.
         Held::Another => false,
         Held::Nothing => {
             let backend = scratch.found.backend;
             scratch.made = answer_of(scratch, backend);
-            flow::add(&scratch.reverse, &scratch.made)
+            table::add(&scratch.reverse, &scratch.made)
         }
     }
 }
@@ -66,7 +67,7 @@ pub fn goes_on(ctx: &TcContext, packet: &Packet, opens: bool, scratch: &mut Scra
 fn answer_of(scratch: &Scratch, backend: u32) -> Flow {
     let (to, from) = (&scratch.forward.src, &scratch.forward.dst);
     Flow {
-        last_used: flow::now(),
+        last_used: table::now(),
         addr: *from,
         port: scratch.forward.dport,
         backend,
@@ -95,10 +96,10 @@ pub fn admit(protocol: u8, frontend: &Frontend, scratch: &mut Scratch) -> u32 {
         return if frontend.flags & FRONTEND_SILENT != 0 { EVENT_UNANSWERED } else { EVENT_REFUSED };
     };
     let of_node = short::is_node(&backend.addr);
-    // A pod with an ENI of its own would answer the client by that.
+    // A pod with an ENI of its own must be known to answer by its link to the node.
     let keeps = of_node
         || frontend.flags & FRONTEND_LOCAL != 0
-            && short::pod(&backend.addr).is_some_and(|pod| pod.flags & POD_AWAY == 0);
+            && short::pod(&backend.addr).is_some_and(|pod| pod.flags & (POD_AWAY | POD_ANSWERS) != POD_AWAY);
     scratch.client = match keeps {
         true => scratch.src,
         false => match node_address(&scratch.dst) {
@@ -124,8 +125,8 @@ pub fn admit(protocol: u8, frontend: &Frontend, scratch: &mut Scratch) -> u32 {
     scratch.made.port = scratch.reverse.sport;
     scratch.made.peer = scratch.reverse.dst;
     scratch.made.peer_port = scratch.reverse.dport;
-    if !flow::put(&scratch.forward, &scratch.made) {
-        flow::remove(&scratch.reverse);
+    if !table::put(&scratch.forward, &scratch.made) {
+        table::remove(&scratch.reverse);
         return EVENT_TABLE_FULL;
     }
     EVENT_CHOSEN
@@ -176,11 +177,12 @@ pub extern "C" fn outside_port(n: u32) -> u32 {
 /// from a flow that is over as well.
 #[inline(always)]
 fn take(scratch: &mut Scratch, insisting: bool) -> u32 {
-    if flow::add(&scratch.reverse, &scratch.made) {
+    if table::add(&scratch.reverse, &scratch.made) {
         return TAKEN;
     }
-    if !flow::peek(&scratch.reverse, &mut scratch.found) {
-        return FULL;
+    if !table::peek(&scratch.reverse, &mut scratch.found) {
+        // Over since long.
+        return if table::put(&scratch.reverse, &scratch.made) { TAKEN } else { FULL };
     }
     let (found, made) = (&scratch.found, &scratch.made);
     let ours = (found.peer, found.peer_port) == (made.peer, made.peer_port)
@@ -190,7 +192,7 @@ fn take(scratch: &mut Scratch, insisting: bool) -> u32 {
         UDP => idle > REST_DATAGRAMS,
         _ => found.flags & FLOW_ENDED == FLOW_ENDED && idle > REST_ENDED,
     };
-    if (ours || (insisting && over)) && flow::put(&scratch.reverse, &scratch.made) {
+    if (ours || (insisting && over)) && table::put(&scratch.reverse, &scratch.made) {
         return TAKEN;
     }
     COLLIDES

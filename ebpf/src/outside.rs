@@ -4,9 +4,11 @@
 //! The backend takes the node for the client, at a port that no other client of
 //! it has, unless the Service wants its clients known (externalTrafficPolicy
 //! Local) or the backend is a process of this node: then the client stays who it
-//! is; but not for a pod with an ENI of its own. Either way the answer passes this node, which turns it back: at the pod's
-//! door, or where a packet of another node arrives. It leaves by the node's own
-//! ENI with the address that the client knows, which no pod's ENI has.
+//! is. Either way the answer passes this node, which turns it back: at the pod's
+//! door, or where a packet of another node arrives. A pod with an ENI of its own
+//! would answer by that: its program there leads what answers to its link to the
+//! node. It leaves by the node's own ENI with the address that the client knows,
+//! which no pod's ENI has.
 //!
 //! What has an address of the node for its source is no packet that the stack
 //! would forward, so it goes on by `redirect_neigh`.
@@ -22,7 +24,7 @@ use crate::flow::{self, Ends};
 use crate::packet::{Packet, Ports, SCTP, TCP, UDP};
 use crate::rewrite::End;
 use crate::translate::follow;
-use crate::{NEXT, account, errors, event, masquerade, refuse, service, short};
+use crate::{NEXT, account, errors, event, masquerade, refuse, service, short, table};
 
 /// Added to an `EVENT_*`: the packet ends by it. Below are verdicts.
 const ENDED_BY: i32 = 0x100;
@@ -36,9 +38,9 @@ pub fn arrive(ctx: &TcContext, packet: &Packet) -> i32 {
         TCP | UDP | SCTP => match packet.later_fragment {
             true => outside_fragment(ctx.skb.skb, CLIENT),
             false => {
-                // An answer of a backend elsewhere, or a client.
+                // An answer of a backend elsewhere or over its link, or a client.
                 let to = u16::from_be(packet.ports(ctx).destination);
-                match OUTSIDE_PORTS.contains(&to) {
+                match OUTSIDE_PORTS.contains(&to) || short::pod(&packet.src).is_some() {
                     true => match answered(ctx, Door::Answer) {
                         NEXT => request(ctx),
                         verdict => verdict,
@@ -78,6 +80,36 @@ pub fn answer(ctx: &TcContext, packet: &Packet, door: Door) -> i32 {
         _ => errors::error_answering(ctx.skb.skb),
     };
     settle(ctx, outcome)
+}
+
+/// A packet that leaves a pod on an ENI of its own: whether it is for a client
+/// that the node has brought to it, who knows it by another address.
+#[inline(always)]
+pub fn answers(ctx: &TcContext, packet: &Packet) -> bool {
+    match packet.protocol {
+        TCP | UDP | SCTP if packet.later_fragment => flow::fragment(packet, FLOW_ANSWER).is_some(),
+        TCP | UDP | SCTP => outside_known(ctx.skb.skb) != 0,
+        _ => errors::error_known(ctx.skb.skb) != 0,
+    }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn outside_known(skb: *mut __sk_buff) -> i32 {
+    let ctx = &TcContext::new(skb);
+    let Some(packet) = &Packet::parse(ctx) else { return 0 };
+    let Some(scratch) = flow::scratch() else { return 0 };
+    let ports = packet.ports(ctx);
+    scratch.reverse = flow::key(packet, ports, FLOW_ANSWER);
+    if ports == Ports::NONE || !table::peek(&scratch.reverse, &mut scratch.found) {
+        return 0;
+    }
+    if packet.first_fragment {
+        // Later ones go the same way; what they become is decided at its end.
+        (scratch.src, scratch.dst) = (packet.src, packet.dst);
+        scratch.remember_fragment(packet, FLOW_ANSWER);
+    }
+    1
 }
 
 /// A packet that leaves the node on its own ENI: a process of the node may be
@@ -202,13 +234,13 @@ pub extern "C" fn outside_answer(skb: *mut __sk_buff) -> i32 {
         return NEXT;
     }
     scratch.reverse = flow::key(packet, ports, FLOW_ANSWER);
-    if !flow::find(&scratch.reverse, &mut scratch.found) {
+    if !table::find(&scratch.reverse, &mut scratch.found) {
         return NEXT;
     }
     let found = &scratch.found;
     let ended = ended(ctx, packet, FLOW_ENDED_BACKEND);
     if ended & !found.flags != 0 {
-        flow::hold(&scratch.reverse, &found.peer, found.peer_port, ended, false);
+        table::hold(&scratch.reverse, &found.peer, found.peer_port, ended, false);
     }
     scratch.wanted = Ends { src: found.addr, dst: found.peer, sport: found.port, dport: found.peer_port };
     GOES_ON

@@ -143,15 +143,27 @@ pub fn leave(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Option<i32> {
     if link.eni == 0 || gateway == Addr::default() {
         return None;
     }
+    Some(out_by(link.eni, packet.v4, &gateway))
+}
+
+/// A packet of a pod with an ENI of its own: over its link to the node instead.
+#[inline(always)]
+pub fn over_link(link: &Link, packet: &Packet) -> i32 {
+    out_by(link.node_link, packet.v4, if packet.v4 { &link.gateway4 } else { &link.gateway6 })
+}
+
+/// Out of a device, to a next hop there.
+#[inline(always)]
+fn out_by(ifindex: u32, v4: bool, gateway: &Addr) -> i32 {
     let mut hop = bpf_redir_neigh {
-        nh_family: if packet.v4 { AF_INET } else { AF_INET6 },
+        nh_family: if v4 { AF_INET } else { AF_INET6 },
         __bindgen_anon_1: bpf_redir_neigh__bindgen_ty_1 { ipv6_nh: gateway.words },
     };
-    if packet.v4 {
+    if v4 {
         hop.__bindgen_anon_1.ipv6_nh = [gateway.words[3], 0, 0, 0];
     }
     // SAFETY: `hop` is whole and lives through the call.
-    Some(unsafe { bpf_redirect_neigh(link.eni, &raw mut hop, size_of::<bpf_redir_neigh>() as i32, 0) } as i32)
+    unsafe { bpf_redirect_neigh(ifindex, &raw mut hop, size_of::<bpf_redir_neigh>() as i32, 0) as i32 }
 }
 
 /// A packet from outside that is a pod's.

@@ -9,15 +9,15 @@
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{
     AFFINITY_ADDRESS, Addr, AffinityKey, EVENT_CHOSEN, EVENT_MOVED, EVENT_NOT_ADMITTED, EVENT_REFUSED,
-    EVENT_TABLE_FULL, EVENT_UNWRITABLE, Fragment, Frontend, FrontendKey, HAIRPIN4, HAIRPIN6, Link, SCOPE_INSIDE,
+    EVENT_TABLE_FULL, EVENT_UNWRITABLE, FLOW_ENDED_BACKEND, FLOW_ENDED_CLIENT, FlowKey, Fragment, Frontend, FrontendKey, HAIRPIN4, HAIRPIN6, Link, SCOPE_INSIDE,
     TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
 };
 
-use crate::flow::{self, FORWARD, Made, REVERSE, Scratch};
-use crate::outside::Door;
+use crate::flow::{self, FORWARD, Made, NOWHERE, REVERSE, Scratch};
+use crate::outside::{Door, ended};
 use crate::packet::{ICMP, Packet, Ports, SCTP, TCP, UDP};
 use crate::rewrite::{End, ICMP6};
-use crate::{NEXT, account, errors, event, outside, refuse, service, short};
+use crate::{NEXT, account, errors, event, outside, refuse, service, short, table};
 
 /// What became of a packet.
 pub enum Outcome {
@@ -65,17 +65,23 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
     scratch.forward = flow::key(packet, ports, FORWARD);
     let opens = packet.protocol == TCP && packet.opens_tcp(ctx);
     let known =
-        !opens && link.translated & TRANSLATED_REQUESTS != 0 && flow::find(&scratch.forward, &mut scratch.found);
+        !opens && link.translated & TRANSLATED_REQUESTS != 0 && table::find(&scratch.forward, &mut scratch.found);
     // A TCP connection stays with its backend to the end.
     if known && (packet.protocol == TCP || service::backend(scratch.found.backend).is_some()) {
         scratch.client = client_of(packet, &scratch.found.addr);
         let (addr, port) = (scratch.found.addr, scratch.found.port);
         scratch.set_reverse(&addr, port);
         scratch.restore(scratch.found.backend);
+        note_end(ctx, packet, FLOW_ENDED_CLIENT, scratch);
     } else {
         scratch.frontend =
             FrontendKey { addr: packet.dst, port: ports.destination, protocol: packet.protocol, scope: SCOPE_INSIDE };
-        let Some(frontend) = service::frontend_or_node_port(&mut scratch.frontend) else { return Outcome::On };
+        let Some(frontend) = service::frontend_or_node_port(&mut scratch.frontend) else {
+            if opens && link.translated & TRANSLATED_REQUESTS != 0 {
+                forget_answers(scratch);
+            }
+            return Outcome::On;
+        };
         if known {
             event::count(EVENT_MOVED);
         }
@@ -104,6 +110,24 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
         short::mark_translated(account::endpoint(ctx), link, TRANSLATED_REQUESTS);
     }
     if scratch.client != scratch.src { Outcome::Ends(refuse::to_sender(ctx)) } else { Outcome::On }
+}
+
+/// The answer's entry knows which ends of a connection will send no more.
+#[inline(always)]
+fn note_end(ctx: &TcContext, packet: &Packet, by: u16, scratch: &Scratch) {
+    let ended = ended(ctx, packet, by);
+    if ended != 0 {
+        table::hold(&scratch.reverse, &NOWHERE, 0, ended, false);
+    }
+}
+
+/// A connection to nobody's Service begins, from ports that a translated one may
+/// have had: its answers are its own.
+#[inline(never)]
+fn forget_answers(scratch: &mut Scratch) {
+    let FlowKey { src, dst, sport, dport, protocol, .. } = scratch.forward;
+    scratch.reverse = FlowKey { src: dst, dst: src, sport: dport, dport: sport, protocol, kind: REVERSE, _pad: 0 };
+    table::remove(&scratch.reverse);
 }
 
 /// Who the backend sees: the pod, or somebody else when the pod talks to itself.
@@ -148,6 +172,12 @@ fn answering(ctx: &TcContext, link: &Link, packet: &Packet) -> Outcome {
     if link.translated & TRANSLATED_ANSWERS == 0 {
         return Outcome::On;
     }
+    if link.node_link != 0 {
+        return match outside::answers(ctx, packet) {
+            true => Outcome::Ends(short::over_link(link, packet)),
+            false => Outcome::On,
+        };
+    }
     match outside::answer(ctx, packet, Door::Answer) {
         NEXT => Outcome::On,
         verdict => Outcome::Ends(verdict),
@@ -159,9 +189,10 @@ fn answering(ctx: &TcContext, link: &Link, packet: &Packet) -> Outcome {
 fn back_to_oneself(ctx: &TcContext, own: &Addr, packet: &mut Packet, scratch: &mut Scratch) -> i32 {
     let ports = packet.ports(ctx);
     scratch.reverse = flow::key(packet, ports, REVERSE);
-    if !flow::find(&scratch.reverse, &mut scratch.found) {
+    if !table::find(&scratch.reverse, &mut scratch.found) {
         return account::drop();
     }
+    note_end(ctx, packet, FLOW_ENDED_BACKEND, scratch);
     let flow = &scratch.found;
     let written = packet.set_address(ctx, End::Source, &flow.addr).is_some()
         && packet.set_port(ctx, End::Source, ports.source, flow.port).is_some()
@@ -199,9 +230,10 @@ fn answered(ctx: &TcContext, packet: &mut Packet) -> bool {
         return true;
     }
     scratch.reverse = flow::key(packet, ports, REVERSE);
-    if !flow::find(&scratch.reverse, &mut scratch.found) {
+    if !table::find(&scratch.reverse, &mut scratch.found) {
         return true;
     }
+    note_end(ctx, packet, FLOW_ENDED_BACKEND, scratch);
     (scratch.src, scratch.dst) = (packet.src, packet.dst);
     let flow = &scratch.found;
     let written = packet.set_address(ctx, End::Source, &flow.addr).is_some()

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::datapath::flows::KernelFlows;
 use crate::datapath::services::KernelMaps;
-use crate::datapath::{Datapath, DatapathError, Device, Uplink, Way};
+use crate::datapath::{Datapath, DatapathError, Device, NodeLink, Uplink, Way};
 use crate::model::{AttachMode, AttachmentId, Lease};
 use crate::netns::{Attachment, Placed, PodPrograms};
 use crate::sys::netns::Netns;
@@ -43,8 +43,12 @@ impl Programs {
             gateway4: subnet.gateway4,
             gateway6: subnet.gateway6,
             eni: of.shared_eni,
-            host_link: Some(of.host_ifindex)
-                .filter(|i| *i != 0 && lease.mode == AttachMode::Exclusive && self.services),
+            node_link: of.node_link.filter(|_| self.services).map(|(in_pod, gateway4, gateway6)| NodeLink {
+                in_node: of.host_ifindex,
+                in_pod,
+                gateway4,
+                gateway6,
+            }),
             cookie: of.netns_cookie,
             per_packet: lease.traffic.per_packet,
             short: self.fast_path && of.shared_eni.is_some() && !lease.traffic.host_ports,
@@ -115,7 +119,15 @@ impl Programs {
         let pod = Netns::open(&lease.netns).map_err(|e| e.to_string())?;
         let netns_cookie = pod.cookie(&home).map_err(|e| e.to_string())?;
         let (host_ifname, host_ifindex) = ("", 0);
-        let inside = Attachment { lease, host_ifname, host_ifindex, eni_ifindex: None, shared_eni: None, netns_cookie };
+        let inside = Attachment {
+            lease,
+            host_ifname,
+            host_ifindex,
+            eni_ifindex: None,
+            node_link: None,
+            shared_eni: None,
+            netns_cookie,
+        };
         self.attach(&inside).map(drop)
     }
 
@@ -162,7 +174,7 @@ impl PodPrograms for Programs {
         self.on_device(to, |datapath, device| {
             datapath.attach(&to.lease.attachment, to.lease.mode, device)?;
             datapath.lead(&to.lease.attachment, &way)?;
-            way.host_link.map_or(Ok(()), |link| datapath.attach_link(link))
+            way.node_link.map_or(Ok(()), |link| datapath.attach_link(link.in_node))
         })?;
         Ok(Placed::Yes)
     }

@@ -23,11 +23,15 @@ use traffic::{Pair, Server};
 
 const INSTANCE_TYPE: &str = "ecs.g7.2xlarge";
 const MTU: u32 = 1500;
-const ROUNDS: usize = 24;
-/// Of one measurement.
-const TIME: Duration = Duration::from_millis(200);
+const ROUNDS: usize = 100;
+/// How often a round goes through all subjects, there and back.
+const TURNS: usize = 3;
+/// Of one measurement. Many short ones: each is a connection with a port of its
+/// own, which falls on some queue and with it on some core, and that makes more of
+/// a difference than what is compared here.
+const TIME: Duration = Duration::from_millis(20);
 /// Of the first, which warms up caches and is thrown away.
-const WARM_UP: Duration = Duration::from_millis(50);
+const WARM_UP: Duration = Duration::from_millis(5);
 
 pub async fn measure(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     let mut config = SiteConfig::new(plan.id.clone(), 2, INSTANCE_TYPE)?;
@@ -71,28 +75,35 @@ fn traffic(pairs: &[Pair], rounds: usize, say: &dyn Fn(&str)) -> anyhow::Result<
         .map(|pair| Server::start(&pair.server, pair.address).with_context(|| pair.subject.clone()))
         .collect::<Result<_, _>>()?;
     for round in 0..rounds {
-        if round % 4 == 0 {
+        if round % 10 == 0 {
             say(&format!("traffic, round {} of {rounds}", round + 1));
         }
         for metric in METRICS {
-            for turn in 0..pairs.len() {
-                let which = (round + turn) % pairs.len();
+            let mut sums = vec![0.0; pairs.len()];
+            for which in (0..TURNS).flat_map(|turn| there_and_back(round + turn, pairs.len())) {
                 let (pair, server) = (&pairs[which], &servers[which]);
                 let about = || format!("{} of {}", metric.name, pair.subject);
                 (metric.measure)(pair, server, WARM_UP).with_context(about)?;
-                let value = (metric.measure)(pair, server, TIME).with_context(about)?;
-                samples.push(Sample {
-                    metric: metric.name,
-                    unit: metric.unit,
-                    subject: pair.subject.clone(),
-                    params: Params::new(),
-                    round,
-                    value,
-                });
+                sums[which] += (metric.measure)(pair, server, TIME).with_context(about)?;
             }
+            samples.extend(pairs.iter().zip(sums).map(|(pair, sum)| Sample {
+                metric: metric.name,
+                unit: metric.unit,
+                subject: pair.subject.clone(),
+                params: Params::new(),
+                round,
+                value: sum / (2 * TURNS) as f64,
+            }));
         }
     }
     Ok(samples)
+}
+
+/// Everyone once, another one first each time, then everyone again backwards, so
+/// that a machine that gets steadily slower does so for all of them alike.
+fn there_and_back(first: usize, of: usize) -> impl Iterator<Item = usize> {
+    let which = move |turn| (first + turn) % of;
+    (0..of).map(which).chain((0..of).rev().map(which))
 }
 
 struct Metric {

@@ -130,7 +130,7 @@ impl FlowTables for KernelFlows {
     fn uses(&mut self) -> io::Result<Vec<Use>> {
         let one = |(counted, map): &(Counted, OwnedFd)| {
             let entries = bpf::count(map.as_fd(), counted.key_size, counted.value_size)?;
-            Ok(Use { map: counted.name.to_lowercase(), entries, capacity: counted.capacity })
+            Ok(Use { map: counted.name.to_lowercase().replace("_", " "), entries, capacity: counted.capacity })
         };
         self.counted.iter().map(one).collect()
     }

@@ -16,9 +16,9 @@ use fairway_ebpf_abi::{
     AFFINITIES, Addr, Affinity, AffinityKey, BACKENDS, Backend, COUNTERS, Counters, ENDPOINT, ENI_INGRESS, EVENT_COUNT,
     EVENTS, Endpoint, FLOWS, FRAGMENTS, FRONTENDS, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, IN_POD,
     LINKS, Link, MAX_AFFINITIES, MAX_BACKENDS, MAX_ENDPOINTS, MAX_FLOWS, MAX_FRAGMENTS, MAX_FRONTENDS, MAX_NAMESPACES,
-    MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, NAMESPACES, NODE, NODE_EGRESS, NODE_INGRESS,
+    MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, MAX_SPARE_FLOWS, NAMESPACES, NODE, NODE_EGRESS, NODE_INGRESS,
     ORIGINALS, Original, PACES, POD_EGRESS, POD_INGRESS, PODS, Pace, Pod, SAMPLES, SAMPLES_SIZE, SLOTS, SOCKETS,
-    SOURCE_RANGES, SlotKey, SocketKey, TrieKey, UPLINK, Uplink,
+    SOURCE_RANGES, SPARE_FLOWS, SlotKey, SocketKey, TrieKey, UPLINK, Uplink,
 };
 
 use super::DatapathError;
@@ -42,7 +42,7 @@ struct MapSpec {
 }
 
 /// Every pinned map.
-const MAPS: [MapSpec; 18] = [
+const MAPS: [MapSpec; 19] = [
     hash::<Endpoint, Counters>(COUNTERS, MAX_ENDPOINTS).of_type(MapType::PerCpuHash),
     hash::<Endpoint, Link>(LINKS, MAX_ENDPOINTS),
     hash::<Addr, Pod>(PODS, MAX_POD_ADDRESSES),
@@ -55,6 +55,7 @@ const MAPS: [MapSpec; 18] = [
     hash::<u64, u32>(NAMESPACES, MAX_NAMESPACES),
     lru::<SocketKey, Original>(SOCKETS, MAX_SOCKETS),
     MapSpec { flags: 0, ..hash::<FlowKey, Flow>(FLOWS, MAX_FLOWS) },
+    lru::<FlowKey, Flow>(SPARE_FLOWS, MAX_SPARE_FLOWS),
     lru::<FragmentKey, Fragment>(FRAGMENTS, MAX_FRAGMENTS),
     MapSpec { flags: 0, ..hash::<u32, u64>(EVENTS, EVENT_COUNT).of_type(MapType::PerCpuArray) },
     MapSpec { flags: 0, ..hash::<u32, Uplink>(UPLINK, 1).of_type(MapType::Array) },

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::maps::{HashMap, MapData, MapError};
 use fairway_ebpf_abi::{
-    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_AWAY,
+    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_ANSWERS, POD_AWAY,
     POD_SHORT, PODS, Pod, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
 };
 
@@ -26,9 +26,8 @@ pub struct Way {
     pub gateway6: Option<Ipv6Addr>,
     /// Interface index of the shared ENI; none for a pod with its own.
     pub eni: Option<u32>,
-    /// Interface index of the link to the node of a pod with an ENI of its own, when
-    /// it is known.
-    pub host_link: Option<u32>,
+    /// The link to the node of a pod with an ENI of its own, when it is known.
+    pub node_link: Option<NodeLink>,
     /// Of the pod's network namespace.
     pub cookie: Option<u64>,
     /// Services are resolved packet by packet, never when a process connects.
@@ -38,6 +37,17 @@ pub struct Way {
     /// Its link has a queue that limits what it receives: nobody may hand packets
     /// over past it.
     pub limited: bool,
+}
+
+/// The link between the node and a pod with an ENI of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeLink {
+    /// Interface indices of its ends, in the node and in the pod.
+    pub in_node: u32,
+    pub in_pod: u32,
+    /// Next hops, from the pod.
+    pub gateway4: Ipv4Addr,
+    pub gateway6: Ipv6Addr,
 }
 
 pub(super) struct Ways {
@@ -77,12 +87,23 @@ impl Ways {
             eni: way.eni.unwrap_or(0),
             flags: if way.short { LINK_SHORT } else { 0 },
             translated: 0,
-            _pad: 0,
+            node_link: 0,
         };
+        if let Some(to_node) = &way.node_link {
+            link.node_link = to_node.in_pod;
+            link.gateway4 = IpAddr::V4(to_node.gateway4).into();
+            link.gateway6 = IpAddr::V6(to_node.gateway6).into();
+        }
         let old = found(self.links.get(&endpoint, 0))?;
         // Its connections go on.
         let unknown = if self.begun_anew { TRANSLATED_REQUESTS | TRANSLATED_ANSWERS } else { 0 };
         link.translated = old.map_or(unknown, |old| old.translated);
+        // Seen from inside the pod alone, one does not see it.
+        if let (Some(old), None, None) = (&old, way.eni, way.node_link)
+            && (old.v4, old.cookie) == (link.v4, link.cookie)
+        {
+            (link.node_link, link.gateway4, link.gateway6) = (old.node_link, old.gateway4, old.gateway6);
+        }
         if let Some(old) = old
             && (old.v4, old.v6, old.cookie) != (link.v4, link.v6, link.cookie)
         {
@@ -93,9 +114,9 @@ impl Ways {
             let flags = NETNS_POD | if way.per_packet { NETNS_PER_PACKET } else { 0 };
             self.namespaces.insert(cookie, flags, 0).map_err(DatapathError::Ways)?;
         }
-        let (ifindex, flags) = match (way.eni, way.host_link) {
+        let (ifindex, flags) = match (way.eni, way.node_link) {
             (Some(_), _) => (endpoint, if way.short && !way.limited { POD_SHORT } else { 0 }),
-            (None, Some(link)) => (link, POD_AWAY),
+            (None, Some(link)) => (link.in_node, POD_AWAY | POD_ANSWERS),
             (None, None) => return Ok(()),
         };
         for addr in addresses(&link) {

@@ -112,7 +112,7 @@ impl Desk {
         }
         let ops = plan::diff(&desired, &actual).map_err(|e| conflict(lease, e))?;
         let programs = shared.programs.clone();
-        let mut ready = |devices: &Devices| programs.attach(&attachment(lease, devices, cookie));
+        let mut ready = |devices: &Devices| programs.attach(&attachment(&shared.config, lease, devices, cookie));
         if let Err(errors) = site.apply(&ops, &mut ready) {
             drop(site);
             let mut causes: Vec<String> = errors.iter().map(|e| format!("{}: {}", e.what, remedy(e))).collect();
@@ -210,7 +210,7 @@ impl Desk {
             Finding { what: word(key).to_owned(), detail }
         }));
         let problems =
-            shared.programs.verify(&attachment(lease, devices, None)).map_err(|e| fault(lease, "program", vec![e]))?;
+            shared.programs.verify(&attachment(&shared.config, lease, devices, None)).map_err(|e| fault(lease, "program", vec![e]))?;
         findings.extend(problems.into_iter().map(|detail| Finding { what: "program".to_owned(), detail }));
         Ok(findings)
     }
@@ -338,13 +338,19 @@ fn known_mtu(actual: &State, lease: &Lease) -> Result<u32, WireError> {
     mtu(Dev::Pod).or_else(|| mtu(Dev::Stray)).ok_or_else(|| WireError::DeviceMissing(lease.eni.id.clone()))
 }
 
-fn attachment<'a>(lease: &'a Lease, devices: &'a Devices, netns_cookie: Option<u64>) -> Attachment<'a> {
+fn attachment<'a>(
+    config: &Config,
+    lease: &'a Lease,
+    devices: &'a Devices,
+    netns_cookie: Option<u64>,
+) -> Attachment<'a> {
     let index = |dev| Some(devices.index(dev)).filter(|i| *i != 0);
     Attachment {
         lease,
         host_ifname: devices.name(Dev::HostLink),
         host_ifindex: devices.index(Dev::HostLink),
         eni_ifindex: index(Dev::Eni).filter(|_| lease.mode == AttachMode::Exclusive),
+        node_link: index(Dev::NodeLink).map(|i| (i, config.gateway4, config.gateway6)),
         shared_eni: index(Dev::Eni).filter(|_| lease.mode == AttachMode::Veth),
         netns_cookie,
     }

@@ -24,6 +24,9 @@ pub(super) fn desired(config: &Config, lease: &Lease, facts: &Facts, names: &Lin
     let loopback = Link { kind: LinkKind::Given, mac: None, mtu: None, up: true };
     state.insert(Key::Link(Dev::Loopback), Value::Link(loopback));
     veth_pair(&mut state, names, Dev::NodeLink, facts.mtu);
+    // Loose: clients that the node brings to the pod come by this link, and the
+    // pod's route to them is another.
+    state.insert(Key::Setting(Dev::NodeLink, Setting::RpFilter), Value::Setting(2));
     if lease.v6.is_some() {
         for dev in [Dev::Pod, Dev::NodeLink] {
             state.insert(Key::Setting(dev, Setting::DisableIpv6), Value::Setting(0));
@@ -48,6 +51,10 @@ pub(super) fn desired(config: &Config, lease: &Lease, facts: &Facts, names: &Lin
             if ip.is_ipv4() {
                 state.insert(Key::Route(Side::Pod, MAIN, IpAddr::from(HAIRPIN4).into()), out);
             }
+        }
+        // Nobody is heard whom the link has no address for, loose filter or not.
+        if ip.is_ipv4() {
+            state.insert(Key::Address(Dev::NodeLink, ip.into()), Value::Address);
         }
         // The way to the node, and back.
         state.insert(Key::Neighbour(Dev::NodeLink, node_gateway), Value::Neighbour(names.host_mac));

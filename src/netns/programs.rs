@@ -4,7 +4,7 @@
 //! moment without this module knowing eBPF. Called on wiring threads, in the
 //! node's namespace; may block for as long as a load takes.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::model::{AttachmentId, Lease};
 
@@ -17,6 +17,9 @@ pub struct Attachment<'a> {
     /// An exclusive ENI that has not moved into the pod yet. `None` once it has
     /// (and always in veth mode, where the ENI is shared).
     pub eni_ifindex: Option<u32>,
+    /// Of a pod with an ENI of its own: the index, in the pod, of its link to the
+    /// node, and the next hops there. `None` when it is not known.
+    pub node_link: Option<(u32, Ipv4Addr, Ipv6Addr)>,
     /// The ENI that a pod in veth mode leaves by.
     pub shared_eni: Option<u32>,
     /// What eBPF programs know the pod's namespace by. `None` when it was not

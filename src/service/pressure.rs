@@ -10,7 +10,7 @@ const BEGINS: usize = 80;
 const ENDS: usize = 70;
 
 /// Maps that may be full: their oldest entries make room.
-const FORGETFUL: [&str; 3] = ["affinities", "sockets", "fragments"];
+const FORGETFUL: [&str; 4] = ["affinities", "sockets", "fragments", "spare flows"];
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pressure {
@@ -33,7 +33,8 @@ impl Pressure {
         }
         let then = match map {
             "flows" => {
-                "when it is full, new connections of pods to Services that are translated packet by packet are dropped"
+                "when it is full, further flows of pods to Services that are translated packet by packet are kept in a \
+                 spare one, which forgets its oldest: a flow without memory may change its backend with its Service"
             }
             "frontends" | "slots" | "backends" | "source ranges" => "when it is full, further Services are not carried",
             _ => "when it is full, further pods do without",
@@ -62,7 +63,7 @@ mod tests {
         let mut pressure = Pressure::default();
         assert_eq!(pressure.read("flows", 799, 1000), None);
         let told = pressure.read("flows", 800, 1000).unwrap();
-        assert!(told.contains("80 % full (800 of 1000 entries)") && told.contains("dropped"), "{told}");
+        assert!(told.contains("80 % full (800 of 1000 entries)") && told.contains("spare"), "{told}");
         assert_eq!(pressure.read("flows", 990, 1000), None, "known");
         assert_eq!(pressure.read("flows", 750, 1000), None, "still nearly");
         assert!(pressure.is_nearly_full("flows"));

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use fairway::datapath::{Datapath, Uplink, Way};
+use fairway::datapath::{Datapath, NodeLink, Uplink, Way};
 use fairway::model::AttachMode;
 use fairway_ebpf_abi::{BACKEND_LOCAL, Backend, FLOW_ANSWER, FLOW_OUTSIDE, Flow, FlowKey};
 
@@ -122,6 +122,8 @@ impl Edge {
         ));
         ip("link set xl0 up");
         self.elsewhere.run(|| {
+            sysctl("ipv4/conf/node0/rp_filter", "2");
+            ip("addr add 10.9.1.2/32 dev node0");
             ip("link set node0 up");
             for (gateway, own, to) in [
                 ("169.254.1.1", "10.9.1.2", NODE4.to_string()),
@@ -145,7 +147,12 @@ impl Edge {
             gateway4: Ipv4Addr::new(10, 9, 1, 254),
             gateway6: None,
             eni: None,
-            host_link: Some(index("xl0")),
+            node_link: Some(NodeLink {
+                in_node: index("xl0"),
+                in_pod: self.elsewhere.run(|| index("node0")),
+                gateway4: Ipv4Addr::new(169, 254, 1, 1),
+                gateway6: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1),
+            }),
             cookie: Some(self.elsewhere.cookie()),
             per_packet: false,
             short: false,

@@ -193,7 +193,7 @@ impl TestPod {
             gateway4: std::net::Ipv4Addr::new(10, 9, 1, 253),
             gateway6: None,
             eni: Some(1),
-            host_link: None,
+            node_link: None,
             cookie: Some(self.netns.cookie()),
             per_packet: false,
             short: true,

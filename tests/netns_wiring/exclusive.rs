@@ -120,6 +120,8 @@ fn a_half_made_exclusive_pod_is_finished() {
             ("link", format!("ip -n {ns} link set eth0 netns {node} name eth7")),
             ("link", format!("ip -n {ns} link del {host}i")),
             ("address", format!("ip -n {ns} addr del {v4}/32 dev eth0")),
+            ("address", format!("ip -n {ns} addr del {v4}/32 dev {host}")),
+            ("sysctl", format!("ip netns exec {ns} sysctl -qw net.ipv4.conf.{host}.rp_filter=1")),
             ("route", format!("ip -n {ns} route del {NODE4}")),
             ("route", format!("ip -n {ns} route del 169.254.0.0/16")),
             ("route", format!("ip -n {node} route del {v4}")),

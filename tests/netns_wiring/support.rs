@@ -108,7 +108,9 @@ pub fn snapshot(ns: &str) -> String {
         "neigh show nud permanent",
     ] {
         // Anycast and link-local entries come and go with forwarding and
-        // carriers, the operational state lags.
+        // carriers, the operational state lags, and in which order devices were made
+        // does not matter.
+        let mut blocks: Vec<String> = Vec::new();
         for line in ip(&format!("-n {ns} {what}")).lines() {
             if ["anycast", "fe80::/64", "local fe80", "multicast"].iter().any(|w| line.starts_with(w))
                 || line.contains("valid_lft")
@@ -133,9 +135,14 @@ pub fn snapshot(ns: &str) -> String {
             ]
             .iter()
             .fold(line, |line, (from, to)| line.replace(from, to));
-            out += line.trim_end();
-            out.push('\n');
+            match blocks.last_mut() {
+                Some(block) if line.starts_with(' ') => *block += &format!("\n{}", line.trim_end()),
+                _ => blocks.push(line.trim_end().to_owned()),
+            }
         }
+        blocks.sort();
+        out += &blocks.join("\n");
+        out.push('\n');
     }
     let qdiscs = Command::new("tc").args(["-n", ns, "qdisc"]).output().unwrap().stdout;
     let mut lines: Vec<String> = Vec::new();

@@ -68,7 +68,8 @@ pub struct Link {
     /// The pod's addresses; zero when it has none of the family.
     pub v4: Addr,
     pub v6: Addr,
-    /// Next hops on the ENI, as in the packet; zero when there is none.
+    /// Next hops, as in the packet; zero when there is none: on the ENI, or on the
+    /// link to the node.
     pub gateway4: Addr,
     pub gateway6: Addr,
     /// Interface index of the ENI the pod's packets leave by.
@@ -77,7 +78,9 @@ pub struct Link {
     pub flags: u32,
     /// `TRANSLATED_*`. Written by the programs.
     pub translated: u32,
-    pub _pad: u32,
+    /// Of a pod with an ENI of its own: interface index, in the pod, of its link to
+    /// the node; 0 when it is not known.
+    pub node_link: u32,
 }
 
 /// Packets may go straight out of the ENI and straight to pods of this node.
@@ -122,6 +125,10 @@ pub const POD_SHORT: u32 = 1;
 /// It has an ENI of its own: other pods reach it through the VPC, and the node
 /// alone by this link, so that it answers there.
 pub const POD_AWAY: u32 = 1 << 1;
+
+/// With [`POD_AWAY`]: it answers by this link to clients that the node has brought
+/// to it as well.
+pub const POD_ANSWERS: u32 = 1 << 2;
 
 const _: () = {
     assert!(size_of::<Endpoint>() == 4);

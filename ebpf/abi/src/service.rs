@@ -24,6 +24,8 @@ pub const MAX_AFFINITIES: u32 = 1 << 16;
 pub const MAX_NAMESPACES: u32 = 8192;
 pub const MAX_SOCKETS: u32 = 1 << 16;
 pub const MAX_FLOWS: u32 = 1 << 17;
+/// Entries that had no room among the others.
+pub const MAX_SPARE_FLOWS: u32 = 1 << 15;
 pub const MAX_FRAGMENTS: u32 = 1 << 13;
 
 /// Names of maps: [`Frontend`] by [`FrontendKey`], [`Backend`] by [`SlotKey`],
@@ -41,6 +43,8 @@ pub const ORIGINALS: &str = "ORIGINALS";
 /// [`FlowKey`].
 pub const SOCKETS: &str = "SOCKETS";
 pub const FLOWS: &str = "FLOWS";
+/// As [`FLOWS`], of those that found no room there.
+pub const SPARE_FLOWS: &str = "SPARE_FLOWS";
 /// [`Addr`] by [`FragmentKey`].
 pub const FRAGMENTS: &str = "FRAGMENTS";
 

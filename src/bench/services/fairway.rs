@@ -108,7 +108,7 @@ impl Agent {
                 gateway4: node.gateway,
                 gateway6: None,
                 eni: Some(eni),
-                host_link: None,
+                node_link: None,
                 cookie: pod.space.cookie()?,
                 per_packet: false,
                 short: true,
