@@ -34,6 +34,8 @@ pub mod model;
 pub mod netns;
 /// Pool actor: the address ledger and the plan that keeps addresses warm.
 pub mod pool;
+/// NetworkPolicies, compiled for this node.
+pub mod policy;
 /// ServiceMap actor: Kubernetes Services, from the API to the kernel maps.
 pub mod service;
 /// `fairway status` and `fairway trace`: the debug endpoint for a terminal.

@@ -196,7 +196,15 @@ fn throughput(from: &PodRecord, to: &PodRecord) -> f64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bandwidth_is_as_the_annotations_say() {
     needs!("bandwidth_is_as_the_annotations_say");
-    let lab = lab("pe", 2, |_| ()).await;
+    for fast_path in [true, false] {
+        bandwidth(fast_path).await;
+    }
+}
+
+/// From another node and from next door, where the short way would pass by a queue.
+async fn bandwidth(fast_path: bool) {
+    let letter = if fast_path { "pe" } else { "pf" };
+    let lab = lab(letter, 2, |config| config.agent["fast_path"] = json!(fast_path)).await;
     let limited = |name: &str, node: usize, exclusive: bool| {
         let mut pod = pod(name, &lab.node(node).name, exclusive);
         pod["metadata"]["annotations"]["kubernetes.io/ingress-bandwidth"] = json!("20M");
@@ -205,14 +213,18 @@ async fn bandwidth_is_as_the_annotations_say() {
     };
     limited("shared", 0, false);
     limited("alone", 0, true);
-    lab.create(1, "free", false);
-    let free = lab.ready("free").await;
+    lab.create(1, "far", false);
+    lab.create(0, "next", false);
     for name in ["shared", "alone"] {
         let pod = lab.ready(name).await;
-        let (egress, ingress) = tokio::task::block_in_place(|| (throughput(&pod, &free), throughput(&free, &pod)));
-        println!("{name}: {:.1} Mbit/s out of 10, {:.1} in of 20", egress / 1e6, ingress / 1e6);
-        assert!((8e6..11e6).contains(&egress), "{name} sends {egress}");
-        assert!((16e6..22e6).contains(&ingress), "{name} receives {ingress}");
+        for other in ["far", "next"] {
+            let free = lab.ready(other).await;
+            let (egress, ingress) = tokio::task::block_in_place(|| (throughput(&pod, &free), throughput(&free, &pod)));
+            let who = format!("{name} with {other}, fast path {fast_path}");
+            println!("{who}: {:.1} Mbit/s out of 10, {:.1} in of 20", egress / 1e6, ingress / 1e6);
+            assert!((8e6..11e6).contains(&egress), "{who}: sends {egress}");
+            assert!((16e6..22e6).contains(&ingress), "{who}: receives {ingress}");
+        }
     }
     lab.settled().await;
     lab.down().await;

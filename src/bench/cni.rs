@@ -19,7 +19,7 @@ use anyhow::Context as _;
 use serde_json::{Value, json};
 
 use super::Plan;
-use super::stats::{Params, Row, Sample, rows};
+use super::stats::{Params, Row, Sample, rows, there_and_back};
 use crate::lab::site::{Site, SiteConfig};
 use crate::lab::vpc::name::LabId;
 use crate::lab::vpc::ns::OwnedNetns;
@@ -30,9 +30,11 @@ use driver::{Batch, Sandbox, Sandboxes, Subject, batch, reference};
 const PLUGINS: &str = "/usr/lib/cni";
 /// 8 ENIs of 30 addresses, the primary one included.
 pub(super) const INSTANCE_TYPE: &str = "ecs.g7.4xlarge";
-/// Calls of a batch, for each number of calls at a time.
-const BATCHES: [(usize, usize); 2] = [(1, 50), (16, 96)];
-const ROUNDS: usize = 40;
+/// Calls at a time, calls of a batch, and how often a round goes through all
+/// subjects, there and back: many short turns, between which the machine has
+/// little time to change.
+const BATCHES: [(usize, usize, usize); 2] = [(1, 10, 3), (16, 32, 2)];
+const ROUNDS: usize = 24;
 /// Before each batch: what the kernel still does for the one before is not its.
 const PAUSE: Duration = Duration::from_millis(150);
 /// Of the pool, so that it is warm again for the next round.
@@ -57,9 +59,10 @@ async fn steady(plan: &Plan) -> anyhow::Result<Vec<Sample>> {
         let there = plugins.join(name).exists();
         anyhow::ensure!(there, "no {name} in {PLUGINS}: apt-get install containernetworking-plugins");
     }
-    let most = BATCHES.iter().map(|(_, count)| *count).max().unwrap_or(1);
+    let most = BATCHES.iter().map(|(_, count, _)| *count).max().unwrap_or(1);
     let agent = json!({ "pool": {
-        "min_idle": most * 2,
+        // Of three batches some are still in quarantine.
+        "min_idle": most * 4,
         "max_idle": 210,
         "quarantine": format!("{}s", QUARANTINE.as_secs()),
     }});
@@ -86,16 +89,22 @@ async fn steady(plan: &Plan) -> anyhow::Result<Vec<Sample>> {
         let mut samples = Vec::new();
         for round in 0..rounds {
             progress.say(&format!("ADD and DEL, round {} of {rounds}", round + 1));
-            for (parallel, count) in BATCHES {
-                for turn in 0..subjects.len() {
-                    let subject = &subjects[(round + turn) % subjects.len()];
+            for (parallel, count, turns) in BATCHES {
+                let mut calls = vec![(Batch::default(), Batch::default()); subjects.len()];
+                let order = (0..turns).flat_map(|turn| there_and_back(round + turn, subjects.len()));
+                for (turn, whose) in order.enumerate() {
+                    let subject = &subjects[whose];
                     if let Some(site) = sites.get(which(subject.name)) {
                         warm(site, count).await?;
                     }
                     tokio::time::sleep(PAUSE).await;
-                    let which = sandboxes.of(&format!("{}{round}x{parallel}", subject.name), count);
+                    let which = sandboxes.of(&format!("{}{round}x{parallel}x{turn}", subject.name), count);
                     let (add, del) = add_and_del(subject.clone(), which, parallel).await?;
-                    sample(&mut samples, subject.name, parallel, round, &add, &del);
+                    calls[whose].0.extend(add);
+                    calls[whose].1.extend(del);
+                }
+                for (subject, (add, del)) in subjects.iter().zip(&calls) {
+                    sample(&mut samples, subject.name, parallel, round, add, del);
                 }
                 added_by_ebpf(&mut samples, round);
             }

@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use serde_json::json;
 
 use super::Plan;
-use super::stats::{Params, Row, Sample, rows};
+use super::stats::{Params, Row, Sample, rows, there_and_back};
 use crate::lab::demo::wait_pods;
 use crate::lab::site::{Site, SiteConfig};
 use overlay::{End, Overlay};
@@ -97,13 +97,6 @@ fn traffic(pairs: &[Pair], rounds: usize, say: &dyn Fn(&str)) -> anyhow::Result<
         }
     }
     Ok(samples)
-}
-
-/// Everyone once, another one first each time, then everyone again backwards, so
-/// that a machine that gets steadily slower does so for all of them alike.
-fn there_and_back(first: usize, of: usize) -> impl Iterator<Item = usize> {
-    let which = move |turn| (first + turn) % of;
-    (0..of).map(which).chain((0..of).rev().map(which))
 }
 
 struct Metric {

@@ -41,6 +41,13 @@ pub struct Row {
     pub rounds: usize,
 }
 
+/// Everyone once, another one first each time, then everyone again backwards, so
+/// that a machine that gets steadily slower does so for all of them alike.
+pub fn there_and_back(first: usize, of: usize) -> impl Iterator<Item = usize> {
+    let which = move |turn| (first + turn) % of;
+    (0..of).map(which).chain((0..of).rev().map(which))
+}
+
 /// Reduce samples to rows, in order of first appearance. `baseline` names the
 /// subject each metric is compared with.
 pub fn rows(samples: &[Sample], baseline: impl Fn(&str) -> String) -> Vec<Row> {
@@ -148,6 +155,18 @@ mod tests {
         assert_eq!(rows[0].ratio, Some(1.0));
         for q in [rows[1].ratio, rows[1].ratio_q1, rows[1].ratio_q3] {
             assert!((q.unwrap() - 0.9).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn everyone_has_the_same_turns_and_the_same_mean_place() {
+        for first in 0..5 {
+            let order: Vec<usize> = there_and_back(first, 4).collect();
+            for who in 0..4 {
+                let places = order.iter().enumerate().filter(|(_, w)| **w == who).map(|(place, _)| place);
+                assert_eq!(places.clone().count(), 2);
+                assert_eq!(places.sum::<usize>(), 7, "{order:?}");
+            }
         }
     }
 

@@ -202,8 +202,9 @@ impl Loader {
     pub(super) fn new(pins: &Pins) -> Self {
         let mut loader = EbpfLoader::new();
         // The kernel's own types, megabytes of them, serve relocations that this
-        // object does not have.
-        loader.btf(None).verifier_log_level(VerifierLogLevel::DISABLE);
+        // object does not have. The verifier is asked for its words only after it
+        // has refused.
+        loader.btf(None).verifier_log_level(VerifierLogLevel::DEBUG);
         for spec in &MAPS {
             loader.map_pin_path(spec.name, pins.map(spec.name));
         }

@@ -9,8 +9,10 @@
 //! - [`deployment`], [`replica_set`], [`stateful_set`]: pods from templates
 //! - [`endpoints`]: EndpointSlices and Endpoints of Services
 //! - [`scheduler`]: pods to nodes
+//! - [`balancers`]: load balancers of Services, where there is a router
 //! - [`collector`]: owners, namespaces, lost nodes, old events
 
+pub mod balancers;
 pub mod collector;
 pub mod deployment;
 pub mod endpoints;
@@ -104,7 +106,7 @@ pub fn spawn(registry: &Arc<Registry>, stop: &watch::Receiver<bool>, tasks: &mut
     tasks.spawn(run(collector::Collector::default(), registry.clone(), stop.clone()));
 }
 
-async fn run<C: Controller>(mut controller: C, registry: Arc<Registry>, mut stop: watch::Receiver<bool>) {
+pub(super) async fn run<C: Controller>(mut controller: C, registry: Arc<Registry>, mut stop: watch::Receiver<bool>) {
     let mut queue = Queue::new();
     let open = |kind| registry.watch(kind, Filter::default(), WatchStart::State).ok();
     let mut watchers: Vec<Watcher> = controller.kinds().into_iter().filter_map(open).collect();

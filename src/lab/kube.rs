@@ -149,6 +149,12 @@ impl KubeLab {
         &self.server.registry
     }
 
+    /// One more controller, until the stand-in stops.
+    pub fn run(&mut self, controller: impl super::controllers::Controller) {
+        let ended = self.stop.subscribe();
+        self.tasks.spawn(super::controllers::run(controller, self.registry().clone(), ended));
+    }
+
     /// Create or change an object so that it is as `object` says.
     pub fn apply(&self, object: Value) -> Result<Written, ApiError> {
         let (api_version, word) = (object::text(&object, "/apiVersion"), object::text(&object, "/kind"));

@@ -14,9 +14,12 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use ipnet::Ipv4Net;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
 use super::cloud::{self, CloudLab, Listeners, RegisterInstance};
 use super::cluster::{Cluster, FOR_NODES};
+use super::controllers::balancers::Balancers;
+use super::kube::KubeLab;
 use super::kubelet::api::{KubeApi, NoPods, PodSource, node_object};
 use super::kubelet::{Kubelet, KubeletConfig};
 use super::node::agent::AgentSpec;
@@ -69,6 +72,8 @@ pub struct Site {
     pub cluster: Cluster,
     pub cloud: CloudLab,
     pub admin: Option<SocketAddr>,
+    /// Ends with the stand-in's controllers.
+    balancing: Option<JoinHandle<()>>,
     running: cloud::Running,
     config: SiteConfig,
     claim: Option<Arc<down::Claim>>,
@@ -140,14 +145,15 @@ impl Site {
         let cloud = running.cloud.clone();
         let state = config.id.state_dir();
         std::fs::write(state.join("ca.pem"), cloud.ca_pem().unwrap_or_default())?;
-        let cluster = match &config.kubeconfig {
+        let mut cluster = match &config.kubeconfig {
             None => Cluster::stand_in(&vpc, KUBE_API, &state)?,
             Some(file) => Cluster::elsewhere(&vpc, KUBE_API, &state, file).await?,
         };
 
+        let balancing = cluster.stand_in.as_mut().map(|kube| balance(kube, &vpc));
         let admin = running.admin;
         let mut site =
-            Self { nodes: Vec::new(), vm, outside, vpc, cluster, cloud, admin, running, config, claim: None };
+            Self { nodes: Vec::new(), vm, outside, vpc, cluster, cloud, admin, balancing, running, config, claim: None };
         for spec in site.config.nodes.clone() {
             progress(&format!("node {}: instance of type {}, agent, kubelet", spec.name, spec.instance_type));
             let node = site.add_node(&spec).await.with_context(|| format!("node {}", spec.name))?;
@@ -294,7 +300,7 @@ impl Site {
     /// Take everything down, in order; what is still there afterwards is an
     /// error.
     pub async fn down(self) -> anyhow::Result<()> {
-        let Self { nodes, vpc, cluster, cloud, running, config, claim, .. } = self;
+        let Self { nodes, vpc, cluster, cloud, balancing, running, config, claim, .. } = self;
         let mut stopped = Vec::new();
         for SiteNode { node, kubelet, instance, .. } in nodes {
             kubelet.stop().await;
@@ -313,6 +319,9 @@ impl Site {
             super::vpc::ns::remove(&path).with_context(|| path.display().to_string())?;
         }
         cluster.stop().await;
+        if let Some(balancing) = balancing {
+            let _ = balancing.await;
+        }
         running.shutdown().await;
         vpc.down().await?;
         let id = config.id;
@@ -323,6 +332,21 @@ impl Site {
         swept.await??;
         Ok(())
     }
+}
+
+/// Services of the type LoadBalancer get an address and listeners on the router.
+fn balance(kube: &mut KubeLab, vpc: &Vpc) -> JoinHandle<()> {
+    let (controller, mut wanted) = Balancers::new();
+    kube.run(controller);
+    let vpc = vpc.clone();
+    tokio::spawn(async move {
+        while wanted.changed().await.is_ok() {
+            let listeners = wanted.borrow_and_update().clone();
+            if let Err(e) = vpc.set_balancers(&listeners).await {
+                tracing::error!(cause = %e, "Load balancers could not be set");
+            }
+        }
+    })
 }
 
 fn vm_spec() -> VmSpec {

@@ -102,6 +102,8 @@ struct State {
     blocks: BTreeSet<IpNet>,
     next_port: u32,
     listeners: Listeners,
+    /// Addresses of load balancers; they stay.
+    published: BTreeSet<IpAddr>,
     edge: edge::Hosts,
 }
 

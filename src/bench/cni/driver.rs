@@ -30,7 +30,7 @@ pub struct Sandbox {
 }
 
 /// How long each call of a batch took, and the whole batch.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Batch {
     pub calls: Vec<Duration>,
     pub wall: Duration,
@@ -40,6 +40,11 @@ impl Batch {
     pub fn milliseconds(&self, q: f64) -> f64 {
         let mut values: Vec<f64> = self.calls.iter().map(|d| d.as_secs_f64() * 1e3).collect();
         quantile(&mut values, q).unwrap_or(f64::NAN)
+    }
+    /// One after the other.
+    pub fn extend(&mut self, by: Batch) {
+        self.calls.extend(by.calls);
+        self.wall += by.wall;
     }
     pub fn per_second(&self) -> f64 {
         self.calls.len() as f64 / self.wall.as_secs_f64()

@@ -22,7 +22,7 @@ use crate::lab::kube::registry::{Ctx, DeleteOptions, Registry, Sub, WatchEvent};
 use crate::lab::kube::selector::Labels;
 use slices::{Endpoint, Have, Wanted};
 
-const SERVICE: &str = "kubernetes.io/service-name";
+pub(super) const SERVICE: &str = "kubernetes.io/service-name";
 const MANAGER: &str = "endpointslice.kubernetes.io/managed-by";
 const OURS: &str = "endpointslice-controller.k8s.io";
 const MIRROR: &str = "endpointslicemirroring-controller.k8s.io";

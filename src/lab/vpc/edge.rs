@@ -1,6 +1,7 @@
 //! What else lives in the VPC and at its edge: a plain VM, the NAT gateway with
 //! a host outside, a load balancer.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -116,6 +117,20 @@ impl Vpc {
             self.add_service_address(vip).await?;
             state.listeners.insert((vip, port), backends);
         }
+        self.inner.nft(nft::balance(&state.listeners)).await
+    }
+
+    /// Make the load balancers' listeners these, and publish their addresses.
+    pub async fn set_balancers(&self, wanted: &BTreeMap<(IpAddr, u16), BTreeSet<SocketAddr>>) -> Result<(), VpcError> {
+        let mut state = self.inner.state.lock().await;
+        for (vip, _) in wanted.keys() {
+            if !state.published.contains(vip) {
+                self.add_service_address(*vip).await?;
+                self.publish(*vip).await?;
+                state.published.insert(*vip);
+            }
+        }
+        state.listeners = wanted.iter().map(|(at, to)| (*at, to.iter().copied().collect())).collect();
         self.inner.nft(nft::balance(&state.listeners)).await
     }
 
