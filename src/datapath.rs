@@ -48,8 +48,8 @@ pub use self::sockets::cgroup_root;
 use self::takeover::Held;
 use self::upgrade::{Awaits, Layout, Upgrade};
 pub use self::uplink::Uplink;
-pub use self::ways::{NodeLink, Way};
 use self::ways::Ways;
+pub use self::ways::{NodeLink, Way};
 use crate::model::{AttachMode, AttachmentId};
 use crate::sys::bpf;
 

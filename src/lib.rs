@@ -32,10 +32,10 @@ pub mod lab;
 pub mod model;
 /// NetnsWirer actor: links, addresses, routes and rules, over rtnetlink.
 pub mod netns;
-/// Pool actor: the address ledger and the plan that keeps addresses warm.
-pub mod pool;
 /// NetworkPolicies, compiled for this node.
 pub mod policy;
+/// Pool actor: the address ledger and the plan that keeps addresses warm.
+pub mod pool;
 /// ServiceMap actor: Kubernetes Services, from the API to the kernel maps.
 pub mod service;
 /// `fairway status` and `fairway trace`: the debug endpoint for a terminal.

@@ -19,7 +19,8 @@ use serde_json::{Value, json};
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn service(name: &str, spec: Value) -> Value {
-    let port = |protocol: &str| json!({"name": protocol.to_lowercase(), "port": 80, "targetPort": 8080, "protocol": protocol});
+    let port =
+        |protocol: &str| json!({"name": protocol.to_lowercase(), "port": 80, "targetPort": 8080, "protocol": protocol});
     let mut service = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": name},
         "spec": {"selector": {"app": "web"}, "ports": [port("TCP"), port("UDP")]},
@@ -108,7 +109,8 @@ async fn node_ports_and_load_balancers_serve_clients_outside_as_their_policies_s
         // From inside it is short-cut: from the backend's own node, too.
         expect(&lab, &format!("{name} from a pod"), &ns(&ask), vip, [80, 80], &all, first4(&ask)).await;
     }
-    let near = lab.kube().get("Service", "default", "near").unwrap()["spec"]["clusterIP"].as_str().unwrap().parse().unwrap();
+    let near =
+        lab.kube().get("Service", "default", "near").unwrap()["spec"]["clusterIP"].as_str().unwrap().parse().unwrap();
     expect(&lab, "internalTrafficPolicy Local", &ns(&ask), near, [80, 80], &["web0"], first4(&ask)).await;
 
     // The pod of node 0 goes: Local says nothing there, Cluster goes on.

@@ -89,7 +89,9 @@ impl Cluster {
             for direction in Direction::BOTH {
                 for peer in &peers {
                     for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
-                        all.extend([0, 79, 80, 81, 443, 65535].map(|port| (*endpoint, direction, *peer, protocol, port)));
+                        all.extend(
+                            [0, 79, 80, 81, 443, 65535].map(|port| (*endpoint, direction, *peer, protocol, port)),
+                        );
                     }
                 }
             }
@@ -176,9 +178,11 @@ fn name(kind: &'static str) -> impl Strategy<Value = Name> {
 }
 
 fn edit() -> impl Strategy<Value = Edit> {
-    let named = (word("p", 3), protocol(), number()).prop_map(|(name, protocol, port)| NamedPort { name, protocol, port });
+    let named =
+        (word("p", 3), protocol(), number()).prop_map(|(name, protocol, port)| NamedPort { name, protocol, port });
     let pod = (labels(), vec(named, 0..3), any::<bool>());
-    let policy = (selector(), rules(), rules()).prop_map(|(selects, ingress, egress)| Policy { selects, ingress, egress });
+    let policy =
+        (selector(), rules(), rules()).prop_map(|(selects, ingress, egress)| Policy { selects, ingress, egress });
     prop_oneof![
         1 => (word("ns", 3), proptest::option::weighted(0.8, labels())).prop_map(|(n, l)| Edit::Namespace(n, l)),
         4 => (name("pod"), proptest::option::weighted(0.8, pod)).prop_map(|(n, p)| Edit::Pod(n, p)),

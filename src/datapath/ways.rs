@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::maps::{HashMap, MapData, MapError};
 use fairway_ebpf_abi::{
-    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_ANSWERS, POD_AWAY,
-    POD_SHORT, PODS, Pod, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
+    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_ANSWERS,
+    POD_AWAY, POD_SHORT, PODS, Pod, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
 };
 
 use super::DatapathError;

@@ -152,8 +152,19 @@ impl Site {
 
         let balancing = cluster.stand_in.as_mut().map(|kube| balance(kube, &vpc));
         let admin = running.admin;
-        let mut site =
-            Self { nodes: Vec::new(), vm, outside, vpc, cluster, cloud, admin, balancing, running, config, claim: None };
+        let mut site = Self {
+            nodes: Vec::new(),
+            vm,
+            outside,
+            vpc,
+            cluster,
+            cloud,
+            admin,
+            balancing,
+            running,
+            config,
+            claim: None,
+        };
         for spec in site.config.nodes.clone() {
             progress(&format!("node {}: instance of type {}, agent, kubelet", spec.name, spec.instance_type));
             let node = site.add_node(&spec).await.with_context(|| format!("node {}", spec.name))?;
@@ -342,7 +353,7 @@ fn balance(kube: &mut KubeLab, vpc: &Vpc) -> JoinHandle<()> {
     tokio::spawn(async move {
         while wanted.changed().await.is_ok() {
             let listeners = wanted.borrow_and_update().clone();
-            if let Err(e) = vpc.set_balancers(&listeners).await {
+            if let Err(e) = vpc.set_balancers(listeners).await {
                 tracing::error!(cause = %e, "Load balancers could not be set");
             }
         }

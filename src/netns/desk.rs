@@ -209,8 +209,10 @@ impl Desk {
             };
             Finding { what: word(key).to_owned(), detail }
         }));
-        let problems =
-            shared.programs.verify(&attachment(&shared.config, lease, devices, None)).map_err(|e| fault(lease, "program", vec![e]))?;
+        let problems = shared
+            .programs
+            .verify(&attachment(&shared.config, lease, devices, None))
+            .map_err(|e| fault(lease, "program", vec![e]))?;
         findings.extend(problems.into_iter().map(|detail| Finding { what: "program".to_owned(), detail }));
         Ok(findings)
     }

@@ -158,7 +158,8 @@ impl Compiler {
         let here = self.policies.range(first..).take_while(|(n, _)| n.namespace == name.namespace);
         let selecting: Vec<_> = here.filter(|(_, policy)| policy.selects.matches(&pod.labels)).collect();
         Direction::BOTH.map(|direction| {
-            let rules = |(name, policy): &(&Name, &Arc<Policy>)| Some(((*name).clone(), policy.rules(direction)?.to_vec()));
+            let rules =
+                |(name, policy): &(&Name, &Arc<Policy>)| Some(((*name).clone(), policy.rules(direction)?.to_vec()));
             let isolating: Vec<_> = selecting.iter().filter_map(rules).collect();
             (!isolating.is_empty()).then(|| Profile::new(direction, &isolating, &pod.ports))
         })

@@ -290,7 +290,10 @@ fn selector(place: &str, written: &LabelSelector, shared: &mut Shared) -> Result
             ("DoesNotExist", true) => Test::DoesNotExist,
             ("In" | "NotIn", true) => return refused(format!("{place}: {:?} has no values", wanted.key)),
             ("Exists" | "DoesNotExist", false) => {
-                return refused(format!("{place}: {:?} has values, which {} does not take", wanted.key, wanted.operator));
+                return refused(format!(
+                    "{place}: {:?} has values, which {} does not take",
+                    wanted.key, wanted.operator
+                ));
             }
             (other, _) => {
                 return refused(format!("{place}: operator {other:?} is none of In, NotIn, Exists, DoesNotExist"));

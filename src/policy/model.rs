@@ -119,8 +119,14 @@ pub struct Rule {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Peer {
     /// Without a selector of namespaces: of the policy's own.
-    Pods { namespaces: Option<Selector>, pods: Selector },
-    Block { net: IpNet, except: Box<[IpNet]> },
+    Pods {
+        namespaces: Option<Selector>,
+        pods: Selector,
+    },
+    Block {
+        net: IpNet,
+        except: Box<[IpNet]>,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -20,15 +20,13 @@ use crate::lab::kube::error::ApiError;
 use crate::lab::kube::kind::{Kind, named};
 use crate::lab::kube::object::{self, list, text};
 use crate::lab::kube::registry::{Ctx, Registry, WatchEvent};
+use crate::lab::vpc::nft::{Listeners, Transport};
 
 pub const BACKEND_TYPE: &str = "service.beta.kubernetes.io/backend-type";
 
 /// Addresses of load balancers are from here (documentation addresses).
 const FIRST: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 const COUNT: u32 = 254;
-
-/// All listeners: address and port, and who is behind them.
-pub type Listeners = BTreeMap<(IpAddr, u16), BTreeSet<SocketAddr>>;
 
 pub struct Balancers {
     given: BTreeMap<Key, IpAddr>,
@@ -129,13 +127,20 @@ fn listeners(service: &Value, vip: IpAddr, slices: &[Arc<Value>], nodes: &[Arc<V
     let mut all = Listeners::new();
     for wanted in list(service, "/spec/ports") {
         let Some(number) = port(wanted, "/port") else { continue };
+        let transport = match text(wanted, "/protocol") {
+            "TCP" => Transport::Tcp,
+            "UDP" => Transport::Udp,
+            _ => continue,
+        };
         let mut behind = BTreeSet::new();
         let mut with_pods = BTreeSet::new();
         for slice in slices {
             let named = |p: &&Value| {
                 text(p, "/name") == text(wanted, "/name") && text(p, "/protocol") == text(wanted, "/protocol")
             };
-            let Some(target) = list(slice, "/ports").iter().find(named).and_then(|p| port(p, "/port")) else { continue };
+            let Some(target) = list(slice, "/ports").iter().find(named).and_then(|p| port(p, "/port")) else {
+                continue;
+            };
             let ready = |e: &&Value| e.pointer("/conditions/ready").and_then(Value::as_bool).unwrap_or(true);
             for endpoint in list(slice, "/endpoints").iter().filter(ready) {
                 with_pods.insert(text(endpoint, "/nodeName"));
@@ -148,11 +153,12 @@ fn listeners(service: &Value, vip: IpAddr, slices: &[Arc<Value>], nodes: &[Arc<V
             let serving = nodes.iter().filter(|node| !local || with_pods.contains(object::name(node)));
             let addresses = serving.flat_map(|node| list(node, "/status/addresses"));
             let internal = addresses.filter(|a| text(a, "/type") == "InternalIP");
-            behind = internal.filter_map(|a| Some(SocketAddr::new(text(a, "/address").parse().ok()?, node_port))).collect();
+            behind =
+                internal.filter_map(|a| Some(SocketAddr::new(text(a, "/address").parse().ok()?, node_port))).collect();
         }
         behind.retain(|to| to.is_ipv4() == vip.is_ipv4());
         if !behind.is_empty() {
-            all.entry((vip, number)).or_default().extend(behind);
+            all.entry((vip, number, transport)).or_default().extend(behind);
         }
     }
     all
@@ -192,7 +198,7 @@ mod tests {
         let (slices, nodes) = cluster();
         let vip = IpAddr::V4(FIRST);
         let all = listeners(&service(annotation, policy), vip, &slices, &nodes);
-        all.into_iter().map(|((_, port), to)| (port, to.iter().map(SocketAddr::to_string).collect())).collect()
+        all.into_iter().map(|((_, port, _), to)| (port, to.iter().map(SocketAddr::to_string).collect())).collect()
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! What else lives in the VPC and at its edge: a plain VM, the NAT gateway with
 //! a host outside, a load balancer.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::link::{Links, VethEnd, Via};
+use super::nft::{Listeners, Transport};
 use super::ns::{Netns, OwnedNetns};
 use super::{Vpc, VpcError, nft, os};
 use crate::lab::fabric::{EniPort, Fabric};
@@ -111,26 +111,29 @@ impl Vpc {
     /// router: a client on its backend's own node is not served, as in the cloud.
     pub async fn set_lb(&self, vip: IpAddr, port: u16, backends: Vec<SocketAddr>) -> Result<(), VpcError> {
         let mut state = self.inner.state.lock().await;
-        if backends.is_empty() {
-            state.listeners.remove(&(vip, port));
-        } else {
+        if !backends.is_empty() {
             self.add_service_address(vip).await?;
-            state.listeners.insert((vip, port), backends);
+        }
+        for transport in [Transport::Tcp, Transport::Udp] {
+            match backends.is_empty() {
+                true => state.listeners.remove(&(vip, port, transport)),
+                false => state.listeners.insert((vip, port, transport), backends.iter().copied().collect()),
+            };
         }
         self.inner.nft(nft::balance(&state.listeners)).await
     }
 
     /// Make the load balancers' listeners these, and publish their addresses.
-    pub async fn set_balancers(&self, wanted: &BTreeMap<(IpAddr, u16), BTreeSet<SocketAddr>>) -> Result<(), VpcError> {
+    pub async fn set_balancers(&self, wanted: Listeners) -> Result<(), VpcError> {
         let mut state = self.inner.state.lock().await;
-        for (vip, _) in wanted.keys() {
+        for (vip, ..) in wanted.keys() {
             if !state.published.contains(vip) {
                 self.add_service_address(*vip).await?;
                 self.publish(*vip).await?;
                 state.published.insert(*vip);
             }
         }
-        state.listeners = wanted.iter().map(|(at, to)| (*at, to.iter().copied().collect())).collect();
+        state.listeners = wanted;
         self.inner.nft(nft::balance(&state.listeners)).await
     }
 

@@ -49,8 +49,14 @@ pub struct Counters {
     pub uninvited: u64,
 }
 
-/// Load balancer listeners: (address, port) to backends, TCP and UDP.
-pub type Listeners = BTreeMap<(IpAddr, u16), Vec<SocketAddr>>;
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Transport {
+    Tcp,
+    Udp,
+}
+
+/// Load balancer listeners: address, port and protocol to backends.
+pub type Listeners = BTreeMap<(IpAddr, u16, Transport), BTreeSet<SocketAddr>>;
 
 /// The table as it is when the router starts.
 pub fn base() -> String {
@@ -113,7 +119,7 @@ pub fn balance(listeners: &Listeners) -> String {
     let mut text =
         String::from("flush chain inet vpc balance\nflush set inet vpc tracked4\nflush set inet vpc tracked6\n");
     let mut tracked = BTreeSet::new();
-    for ((vip, port), backends) in listeners {
+    for ((vip, port, transport), backends) in listeners {
         // A backend of the other family cannot be reached without a proxy.
         let backends: Vec<_> = backends.iter().filter(|b| b.is_ipv4() == vip.is_ipv4()).collect();
         if backends.is_empty() {
@@ -122,14 +128,13 @@ pub fn balance(listeners: &Listeners) -> String {
         let family = if vip.is_ipv4() { "ip" } else { "ip6" };
         let choices: Vec<String> =
             backends.iter().enumerate().map(|(i, b)| format!("{i} : {} . {}", b.ip(), b.port())).collect();
-        for protocol in ["tcp", "udp"] {
-            let _ = writeln!(
-                text,
-                "add rule inet vpc balance {family} daddr {vip} {protocol} dport {port} dnat {family} addr . port to numgen random mod {} map {{ {} }}",
-                choices.len(),
-                choices.join(", ")
-            );
-        }
+        let protocol = if *transport == Transport::Tcp { "tcp" } else { "udp" };
+        let _ = writeln!(
+            text,
+            "add rule inet vpc balance {family} daddr {vip} {protocol} dport {port} dnat {family} addr . port to numgen random mod {} map {{ {} }}",
+            choices.len(),
+            choices.join(", ")
+        );
         tracked.insert(*vip);
         tracked.extend(backends.iter().map(|b| b.ip()));
     }
@@ -202,11 +207,17 @@ mod tests {
     #[test]
     fn a_listener_without_backends_of_its_family_translates_nothing() {
         let mut listeners = Listeners::new();
-        listeners.insert(("10.0.0.9".parse().unwrap(), 80), vec!["[fd00::1]:80".parse().unwrap()]);
+        listeners.insert(
+            ("10.0.0.9".parse().unwrap(), 80, Transport::Tcp),
+            BTreeSet::from(["[fd00::1]:80".parse().unwrap()]),
+        );
         assert!(!balance(&listeners).contains("dnat"));
-        listeners.insert(("10.0.0.9".parse().unwrap(), 81), vec!["10.0.1.1:8080".parse().unwrap()]);
+        listeners.insert(
+            ("10.0.0.9".parse().unwrap(), 81, Transport::Tcp),
+            BTreeSet::from(["10.0.1.1:8080".parse().unwrap()]),
+        );
         let text = balance(&listeners);
-        assert!(text.contains("udp dport 81 dnat ip addr . port to numgen random mod 1 map { 0 : 10.0.1.1 . 8080 }"));
+        assert!(text.contains("tcp dport 81 dnat ip addr . port to numgen random mod 1 map { 0 : 10.0.1.1 . 8080 }"));
         assert!(text.contains("tracked4 { 10.0.1.1 }"));
     }
 }

@@ -123,10 +123,7 @@ fn a_pod_is_its_addresses_labels_and_named_ports() {
     let it = read(&object).unwrap().unwrap();
     assert_eq!(it.ips.iter().map(IpAddr::to_string).collect::<Vec<_>>(), ["10.0.0.1", "fd00::1"]);
     let ports: Vec<_> = it.ports.iter().map(|p| (&*p.name, p.protocol, p.port)).collect();
-    assert_eq!(
-        ports,
-        [("dns", Protocol::Udp, 53), ("http", Protocol::Tcp, 8080), ("proxy", Protocol::Tcp, 15001)]
-    );
+    assert_eq!(ports, [("dns", Protocol::Udp, 53), ("http", Protocol::Tcp, 8080), ("proxy", Protocol::Tcp, 15001)]);
     let again = read(&object).unwrap().unwrap();
     assert!(Arc::ptr_eq(&it.labels, &again.labels) && Arc::ptr_eq(&it.ports, &again.ports), "kept once");
     for (at, value) in [("/status/phase", json!("Succeeded")), ("/spec/hostNetwork", json!(true))] {
