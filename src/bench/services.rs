@@ -27,7 +27,7 @@ use super::stats::{Row, Sample, rows};
 
 const SIZES: [usize; 6] = [1, 100, 1000, 5000, 10_000, 30_000];
 const QUICK_SIZES: [usize; 2] = [1, 1000];
-const ROUNDS: usize = 12;
+const ROUNDS: usize = 16;
 const QUICK_ROUNDS: usize = 3;
 /// The baseline of all traffic.
 pub const BASELINE: &str = "routed";
@@ -71,12 +71,12 @@ impl Metric {
         matches!(self, Metric::UdpPps | Metric::TcpGbps)
     }
 
-    /// Of one measurement.
+    /// Of one measurement, of which a round has several.
     fn time(self) -> Duration {
         Duration::from_millis(match self {
-            Metric::TcpCrr => 120,
-            Metric::UdpPps | Metric::TcpGbps => 100,
-            _ => 80,
+            Metric::TcpCrr => 30,
+            Metric::UdpPps | Metric::TcpGbps => 25,
+            _ => 20,
         })
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! For each number of Services all subjects are loaded, each probed Service is
 //! proved to be answered by both its endpoints, and then rounds measure probe by
-//! probe, metric by metric, one subject right after the other, each round in
-//! another order. `routed` is measured beside every probe, so that every ratio is
+//! probe, metric by metric, one subject right after the other in many short
+//! turns. `routed` is measured beside every probe, so that every ratio is
 //! of the same moment. At the end the counters of the probed Services' rules must
 //! have gone up.
 
@@ -21,10 +21,12 @@ use super::{Metric, Task};
 use crate::bench::network::traffic::cpu::Softirqd;
 use crate::bench::network::traffic::server::Seen;
 use crate::bench::network::traffic::{self, Server};
-use crate::bench::stats::{Params, Sample};
+use crate::bench::stats::{Params, Sample, there_and_back};
 
+/// How often a round goes through all subjects, there and back.
+const TURNS: usize = 2;
 /// Before each measurement; thrown away.
-const WARM_UP: Duration = Duration::from_millis(15);
+const WARM_UP: Duration = Duration::from_millis(5);
 /// Connections of a proof; that all go to one of two endpoints by chance is as
 /// likely as nothing.
 const PROOF: u64 = 32;
@@ -177,16 +179,21 @@ impl Loaded<'_> {
 
     fn one(&mut self, round: usize, probe: &Probe, metric: Metric, samples: &mut Vec<Sample>) -> anyhow::Result<()> {
         let count = self.subjects.len();
-        for turn in 0..count {
-            let subject = &mut self.subjects[(round + turn) % count];
+        let mut all: Vec<Measured> = vec![Vec::new(); count];
+        let order = (0..TURNS).flat_map(|turn| there_and_back(round + turn, count).map(move |which| (turn, which)));
+        for (turn, which) in order {
+            let subject = &mut self.subjects[which];
             subject.turn(true)?;
-            let measured = measured(subject, probe, metric, round, self.softirqd);
+            let measured = measured(subject, probe, metric, round + turn, self.softirqd);
             subject.turn(false)?;
             let measured = measured.with_context(|| {
                 let (services, position) = (self.fleet.services, probe.positions.join("/"));
                 format!("{metric:?} of {}, {services} Services, the {position} one", subject.name)
             })?;
-            for (metric, unit, value) in measured {
+            all[which].extend(measured);
+        }
+        for (subject, measured) in self.subjects.iter().zip(&all) {
+            for (metric, unit, value) in means(measured) {
                 samples.extend(probe.positions.iter().map(|position| Sample {
                     metric,
                     unit,
@@ -238,6 +245,18 @@ fn params(services: usize, position: &str, nodes: usize) -> Params {
 }
 
 type Measured = Vec<(&'static str, &'static str, f64)>;
+
+/// Of what was measured of each metric.
+fn means(measured: &Measured) -> Measured {
+    let mut means = Measured::new();
+    for (metric, unit, _) in measured {
+        if means.iter().all(|(known, ..)| known != metric) {
+            let values: Vec<f64> = measured.iter().filter(|(m, ..)| m == metric).map(|(.., value)| *value).collect();
+            means.push((metric, unit, values.iter().sum::<f64>() / values.len() as f64));
+        }
+    }
+    means
+}
 
 fn measured(
     subject: &Subject,
