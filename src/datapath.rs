@@ -11,6 +11,7 @@
 //! - A pinned map is used only if its type and sizes are those of this build.
 //! - The pins are the memory: nothing here is known that they do not say.
 
+mod ahead;
 mod clsact;
 mod entry;
 mod error;
@@ -38,6 +39,8 @@ pub use fairway_ebpf_abi::Counters;
 use fairway_ebpf_abi::{Endpoint, IN_POD, MAX_ENDPOINTS};
 use serde::Serialize;
 
+use self::ahead::Ahead;
+pub use self::ahead::{Load, Loaded};
 use self::entry::Entry;
 pub use self::error::DatapathError;
 pub use self::hook::Device;
@@ -67,6 +70,7 @@ pub struct Datapath {
     dated: BTreeSet<AttachmentId>,
     enis: uplink::Enis,
     loader: Loader,
+    ahead: Ahead,
     options: Options,
     layout: Layout,
     /// While an earlier layout's programs are in force.
@@ -163,8 +167,9 @@ impl Datapath {
         let (known, dated) = (BTreeMap::new(), BTreeSet::new());
         let awaits = upgrade.awaits();
         let held = Some(Held::new(upgrade));
+        let ahead = Ahead::default();
         let mut datapath =
-            Self { pins, shared, counters, ways, events, known, dated, enis, loader, options, layout, held };
+            Self { pins, shared, counters, ways, events, known, dated, enis, loader, ahead, options, layout, held };
         let rotated = rotated.into_iter().map(|(_, why)| why).collect();
         let mut adoption = Adoption { rotated, awaits, ..Default::default() };
         for dir in datapath.pins.pods().map_err(at)? {
@@ -216,9 +221,13 @@ impl Datapath {
             return Ok(());
         }
         self.detach(attachment)?;
+        let mut loaded = None;
         let endpoint = match place {
             Place::HostSide => device.enter(Ok).map_err(fail)?,
-            Place::InPod => self.free_number()?,
+            Place::InPod => {
+                loaded = self.ahead.take();
+                loaded.as_ref().map_or_else(|| self.free_number(), |loaded| Ok(loaded.endpoint()))?
+            }
         };
         // A device has one attachment: an earlier one with this index is stale.
         if let Some(stale) = self.known.iter().find(|(_, e)| e.endpoint == endpoint).map(|(a, _)| a.clone()) {
@@ -229,7 +238,7 @@ impl Datapath {
         let dir = self.pins.pod(&name);
         self.reset_counters(endpoint)?;
         let entry = Entry { place, endpoint, dir };
-        if let Err(cause) = self.attach_and_pin(&entry, device)? {
+        if let Err(cause) = self.attach_and_pin(&entry, device, loaded)? {
             // Undo as far as it goes; the next start collects the rest.
             let _ = entry.discard();
             let _ = self.counters.remove(&endpoint);
@@ -237,6 +246,23 @@ impl Datapath {
         }
         self.known.insert(attachment.clone(), entry);
         Ok(())
+    }
+
+    pub fn is_attached(&self, attachment: &AttachmentId) -> bool {
+        self.known.contains_key(attachment)
+    }
+
+    /// Begins to load programs for a device inside a pod, which have a number of
+    /// their own: that takes the kernel a tenth of a second or more, which nobody
+    /// else has to wait for ([`Load::run`], then [`Datapath::loaded`]).
+    pub fn load(&mut self) -> Result<Load, DatapathError> {
+        let endpoint = self.free_number()?;
+        Ok(self.ahead.begin(endpoint, &self.pins))
+    }
+
+    /// The next [`Datapath::attach`] inside a pod takes them.
+    pub fn loaded(&mut self, loaded: Loaded) {
+        self.ahead.put(loaded);
     }
 
     /// Takes the programs off and forgets the attachment. Success when there is
@@ -323,12 +349,17 @@ impl Datapath {
     }
 
     /// The inner error is the device's, the outer one ours.
-    fn attach_and_pin(&mut self, entry: &Entry, device: Device<'_>) -> Result<io::Result<()>, DatapathError> {
+    fn attach_and_pin(
+        &mut self,
+        entry: &Entry,
+        device: Device<'_>,
+        loaded: Option<Loaded>,
+    ) -> Result<io::Result<()>, DatapathError> {
         let mut own;
         let programs = match entry.place {
             Place::HostSide => &mut self.shared,
             Place::InPod => {
-                own = self.loader.load(entry.endpoint)?;
+                own = loaded.map_or_else(|| self.loader.load(entry.endpoint), |loaded| Ok(loaded.programs()))?;
                 &mut own
             }
         };
@@ -412,7 +443,7 @@ impl Datapath {
     }
 
     fn free_number(&self) -> Result<Endpoint, DatapathError> {
-        let taken = |n: &Endpoint| self.known.values().any(|e| e.endpoint == *n);
+        let taken = |n: &Endpoint| self.known.values().any(|e| e.endpoint == *n) || self.ahead.has(*n);
         (IN_POD..IN_POD + MAX_ENDPOINTS).find(|n| !taken(n)).ok_or(DatapathError::Full)
     }
 

@@ -42,7 +42,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::actor::Message;
-use crate::model::{AttachmentId, Bandwidth, EniId, EniRef, Lease, Mac, PodKey};
+use crate::model::{AttachmentId, Bandwidth, EniId, EniRef, Lease, Mac, PodKey, Traffic};
 
 pub use config::{BadConfig, Config, SpreadReceive};
 pub use programs::{Attachment, NoPrograms, Placed, PodPrograms};
@@ -172,6 +172,7 @@ pub struct Note {
     pub attachment: AttachmentId,
     pub netns: Option<PathBuf>,
     pub bandwidth: Bandwidth,
+    pub traffic: Traffic,
     pub pod: Option<PodKey>,
     pub pod_uid: Option<String>,
 }

@@ -170,6 +170,12 @@ impl PodPrograms for Programs {
         if self.too_early(to) {
             return Ok(Placed::OnceInside);
         }
+        if to.lease.mode == AttachMode::Exclusive && !self.datapath.lock().is_attached(&to.lease.attachment) {
+            // Others are wired meanwhile.
+            let load = self.datapath.lock().load().map_err(|e| e.to_string())?;
+            let loaded = load.run().map_err(|e| e.to_string())?;
+            self.datapath.lock().loaded(loaded);
+        }
         let way = self.way(to);
         self.on_device(to, |datapath, device| {
             datapath.attach(&to.lease.attachment, to.lease.mode, device)?;

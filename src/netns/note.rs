@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 use super::names::{link_names, valid_ifname};
 use super::{Attached, Note};
-use crate::model::{AttachmentId, Bandwidth, Lease, PodKey};
+use crate::model::{AttachmentId, Bandwidth, Lease, PodKey, Traffic};
 
 /// First word of every note: the format.
 const FORMAT: &str = "fairway1";
@@ -28,12 +28,7 @@ pub(super) fn write(lease: &Lease) -> Option<String> {
     let word =
         |text: String| Some(text).filter(|t| !t.is_empty() && t != NONE && t.bytes().all(|b| b.is_ascii_graphic()));
     let AttachmentId { sandbox, ifname } = &lease.attachment;
-    let rate = |bps: Option<u64>| bps.map(|b| b.to_string()).unwrap_or_default();
-    let limits = match lease.bandwidth {
-        Bandwidth { ingress_bps: None, egress_bps: None } => None,
-        Bandwidth { ingress_bps, egress_bps } => Some(format!("{}/{}", rate(ingress_bps), rate(egress_bps))),
-    };
-    let mut words = [word(sandbox.0.clone()), word(ifname.clone()), limits, None, None, None];
+    let mut words = [word(sandbox.0.clone()), word(ifname.clone()), asked(lease), None, None, None];
     if words[..2].contains(&None) {
         return None;
     }
@@ -48,6 +43,21 @@ pub(super) fn write(lease: &Lease) -> Option<String> {
     Some(join(&words)).filter(|text| text.len() <= MOST)
 }
 
+/// What was asked for the pod: `in/out` in bits per second, and letters.
+fn asked(lease: &Lease) -> Option<String> {
+    let rate = |bps: Option<u64>| bps.map(|b| b.to_string()).unwrap_or_default();
+    let Bandwidth { ingress_bps, egress_bps } = lease.bandwidth;
+    let mut traffic = lease.traffic;
+    let letters: String = LETTERS.iter().filter(|(_, of)| *of(&mut traffic)).map(|(letter, _)| *letter).collect();
+    let letters = if letters.is_empty() { letters } else { format!(":{letters}") };
+    let asked = format!("{}/{}{letters}", rate(ingress_bps), rate(egress_bps));
+    (asked != "/").then_some(asked)
+}
+
+/// How [`Traffic`] is written.
+const LETTERS: [(char, fn(&mut Traffic) -> &mut bool); 2] =
+    [('h', |t| &mut t.host_ports), ('p', |t| &mut t.per_packet)];
+
 fn join(words: &[Option<String>]) -> String {
     let words = words.iter().map(|w| w.as_deref().unwrap_or(NONE));
     std::iter::once(FORMAT).chain(words).collect::<Vec<_>>().join(" ")
@@ -60,7 +70,7 @@ pub fn read(prefix: &str, link: &str, alias: &str) -> Option<Attached> {
         return None;
     }
     let mut next = || words.next().filter(|w| !w.is_empty() && w.bytes().all(|b| b.is_ascii_graphic()));
-    let [sandbox, ifname, limits, netns, pod, uid] = [next()?, next()?, next()?, next()?, next()?, next()?];
+    let [sandbox, ifname, asked, netns, pod, uid] = [next()?, next()?, next()?, next()?, next()?, next()?];
     if words.next().is_some() || !is_id(sandbox) || !valid_ifname(ifname) {
         return None;
     }
@@ -70,9 +80,11 @@ pub fn read(prefix: &str, link: &str, alias: &str) -> Option<Attached> {
     }
     let known = |word: &'_ str| (word != NONE).then(|| word.to_owned());
     let netns = known(netns).map(PathBuf::from);
+    let (bandwidth, traffic) = read_asked(asked)?;
     let note = Note {
         attachment,
-        bandwidth: bandwidth(limits)?,
+        bandwidth,
+        traffic,
         netns: netns
             .filter(|path| path.is_absolute() && path.components().all(|c| c != std::path::Component::ParentDir)),
         pod: known(pod).and_then(|pod| {
@@ -90,16 +102,22 @@ fn is_id(word: &str) -> bool {
         && word.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
 }
 
-fn bandwidth(word: &str) -> Option<Bandwidth> {
-    if word == NONE {
-        return Some(Bandwidth::default());
+fn read_asked(word: &str) -> Option<(Bandwidth, Traffic)> {
+    let (limits, letters) = word.split_once(':').unwrap_or((word, ""));
+    let mut traffic = Traffic::default();
+    for letter in letters.chars() {
+        let (_, of) = LETTERS.iter().find(|(l, _)| *l == letter)?;
+        *of(&mut traffic) = true;
     }
-    let (ingress, egress) = word.split_once('/')?;
+    if limits == NONE {
+        return Some((Bandwidth::default(), traffic));
+    }
+    let (ingress, egress) = limits.split_once('/')?;
     let rate = |text: &str| match text {
         "" => Some(None),
         text => text.parse::<u64>().ok().map(Some),
     };
-    Some(Bandwidth { ingress_bps: rate(ingress)?, egress_bps: rate(egress)? })
+    Some((Bandwidth { ingress_bps: rate(ingress)?, egress_bps: rate(egress)? }, traffic))
 }
 
 #[cfg(test)]
@@ -129,7 +147,7 @@ mod tests {
             v6: None,
             netns: "/var/run/netns/cni-8c1f7ed1-0a55-4f8a-8d58-1f1a4f7f1d11".into(),
             bandwidth: Bandwidth { ingress_bps: None, egress_bps: Some(1_000_000) },
-            traffic: Default::default(),
+            traffic: Traffic { host_ports: false, per_packet: true },
         }
     }
 
@@ -155,10 +173,24 @@ mod tests {
             attachment: lease.attachment.clone(),
             netns: Some(lease.netns.clone()),
             bandwidth: lease.bandwidth,
+            traffic: lease.traffic,
             pod: Some(lease.pod.clone()),
             pod_uid: lease.pod_uid.clone(),
         };
         assert_eq!(back(&lease), expected);
+    }
+
+    #[test]
+    fn whatever_was_asked_comes_back() {
+        let mut lease = lease();
+        for (ingress_bps, egress_bps) in [(None, None), (Some(0), None), (Some(5), Some(u64::MAX))] {
+            for (host_ports, per_packet) in [(false, false), (true, false), (false, true), (true, true)] {
+                lease.bandwidth = Bandwidth { ingress_bps, egress_bps };
+                lease.traffic = Traffic { host_ports, per_packet };
+                let note = back(&lease);
+                assert_eq!((note.bandwidth, note.traffic), (lease.bandwidth, lease.traffic));
+            }
+        }
     }
 
     #[test]
@@ -204,6 +236,7 @@ mod tests {
             format!("fairway1 {sandbox} eth0  - - -"),
             format!("fairway1 {sandbox} eth0 1000 - - -"),
             format!("fairway1 {sandbox} eth0 x/1 - - -"),
+            format!("fairway1 {sandbox} eth0 /:x - - -"),
             format!("fairway1 {sandbox} ../../e - - - -"),
             format!("fairway1 {sandbox}\n eth0 - - - -"),
             "fairway1 - eth0 - - - -".to_owned(),

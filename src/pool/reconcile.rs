@@ -17,7 +17,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::cloud::{self, EniKind, EniStatus, VSwitch};
 use crate::model::{
-    AttachMode, AttachmentId, ClientToken, EniId, EniRef, InstanceId, Lease, PodKey, Subnet, Traffic, VSwitchId,
+    AttachMode, AttachmentId, ClientToken, EniId, EniRef, InstanceId, Lease, PodKey, Subnet, VSwitchId,
 };
 use crate::netns::{KernelInventory, Note};
 
@@ -333,7 +333,7 @@ fn recovered(
         v6,
         netns: note.and_then(|n| n.netns.clone()).unwrap_or_default(),
         bandwidth: note.map(|n| n.bandwidth).unwrap_or_default(),
-        traffic: Traffic::default(),
+        traffic: note.map(|n| n.traffic).unwrap_or_default(),
     })
 }
 

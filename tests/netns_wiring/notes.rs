@@ -13,6 +13,7 @@ fn said(lease: &Lease, link: String) -> Attached {
         attachment: lease.attachment.clone(),
         netns: Some(lease.netns.clone()),
         bandwidth: lease.bandwidth,
+        traffic: lease.traffic,
         pod: Some(lease.pod.clone()),
         pod_uid: lease.pod_uid.clone(),
     };
@@ -27,6 +28,7 @@ fn a_host_link_says_whose_it_is_and_is_believed_on_no_other() {
     let (_own_ns, exclusive) = lab.pod(&own, 21, Exclusive);
     let (_ns, mut veth) = lab.pod(&shared, 22, Veth);
     veth.bandwidth = Bandwidth { ingress_bps: Some(50_000_000), egress_bps: None };
+    veth.traffic.per_packet = true;
     if cannot_shape("a_host_link_says_whose_it_is_and_is_believed_on_no_other, its limits", &lab) {
         veth.bandwidth = Bandwidth::default();
     }

@@ -16,6 +16,7 @@ pub fn says(attachment: &AttachmentId, v4: Ipv4Addr, v6: Option<Ipv6Addr>, pod: 
         attachment: attachment.clone(),
         netns: Some(format!("/var/run/netns/{}", attachment.sandbox).into()),
         bandwidth: Bandwidth::default(),
+        traffic: Default::default(),
         pod: Some(pod.clone()),
         pod_uid: None,
     };
