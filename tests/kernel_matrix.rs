@@ -41,6 +41,13 @@ struct Suite {
 
 const SUITES: &[Suite] = &[
     Suite {
+        name: "service_sctp",
+        programs: &["ip"],
+        modules: &["veth", "sch_ingress", "cls_bpf", "macvlan", "sctp"],
+        without: &[],
+        only: &[],
+    },
+    Suite {
         name: "service_packets",
         programs: &["ip"],
         modules: &["veth", "sch_ingress", "cls_bpf"],
@@ -55,6 +62,7 @@ const SUITES: &[Suite] = &[
         only: &[
             "connections_are_carried_both_ways_and_their_end_is_seen",
             "a_client_stays_who_it_is_when_the_service_wants_that",
+            "a_smaller_path_is_discovered_in_both_directions",
         ],
     },
     Suite {

@@ -186,6 +186,20 @@ fn a_datagram_without_a_checksum_gets_none_and_one_that_sums_to_zero_keeps_one()
 }
 
 #[test]
+fn a_checksum_of_sctp_that_is_left_to_a_device_stays_so() {
+    let Some(world) = World::new("a_checksum_of_sctp_that_is_left_to_a_device_stays_so") else { return };
+    for way in world.ways() {
+        let mut left = world.build(&way, &plain(), SCTP, &[1; 64]);
+        let at = read(&left).unwrap().at;
+        left[at + 8..at + 12].fill(0);
+        let (_, after) = world.run(&way, &left);
+        let is = read(&after).unwrap();
+        assert_eq!((is.ends[1], is.ports[1]), (way.backend.ip(), way.backend.port()), "{way:?}");
+        assert_eq!(after[at + 8..at + 12], [0; 4], "{way:?}");
+    }
+}
+
+#[test]
 fn fragments_follow_their_first_and_strangers_pass() {
     let Some(world) = World::new("fragments_follow_their_first_and_strangers_pass") else { return };
     for way in world.ways() {

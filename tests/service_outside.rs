@@ -243,9 +243,12 @@ fn one_clients_port_reaches_one_backend_by_two_addresses() {
 #[test]
 fn a_smaller_path_is_discovered_in_both_directions() {
     let Some(mut edge) = Edge::new("a_smaller_path_is_discovered_in_both_directions") else { return };
+    // By its routes alone: a device of this size would drop what is larger on its way
+    // in as well, and tell nobody, as nothing in a VPC does.
     edge.router.run(|| {
-        for device in ["client", "elsewhere"] {
-            ip(&format!("link set {device} mtu 1300"));
+        for (device, v4, v6) in [("client", "10.7.0.2", "fd07::2"), ("elsewhere", "10.9.1.2", "fd09:1::2")] {
+            ip(&format!("route add {v4}/32 dev {device} mtu lock 1300"));
+            ip(&format!("-6 route add {v6}/128 dev {device} mtu lock 1300"));
         }
     });
     let mut set = 0;
@@ -258,8 +261,11 @@ fn a_smaller_path_is_discovered_in_both_directions() {
             let mut stream = edge.connect(asked).unwrap();
             let (mut server, _) = listener.accept().unwrap();
             pass(&mut server, &mut stream, 300_000);
+            let between = edge.event(EVENT_ERROR_TRANSLATED);
+            assert!(between > before, "{at:?} {flags} {asked}: of what is answered");
             pass(&mut stream, &mut server, 300_000);
-            assert!(edge.event(EVENT_ERROR_TRANSLATED) > before, "{at:?} {flags} {asked}");
+            let after = edge.event(EVENT_ERROR_TRANSLATED);
+            assert!(at == At::Pod || after > between, "{asked}: of what is asked");
             let forget = || ["route flush cache", "-6 route flush cache"].map(ip);
             edge.client.run(forget);
             edge.elsewhere.run(forget);

@@ -7,6 +7,8 @@
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::Addr;
 
+use crate::rewrite::ICMP6;
+
 pub const ICMP: u8 = 1;
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
@@ -16,11 +18,12 @@ pub const ETHERNET: usize = 14;
 const ETH_P_IP: u16 = 0x0800_u16.to_be();
 const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
 
-/// What is read of every packet: its headers without options, with TCP's. An
-/// offloaded packet's linear part is little more than that, and to make it longer
-/// costs a copy for each.
-const HEADERS4: u32 = 14 + 20 + 20;
-const HEADERS6: u32 = 14 + 40 + 20;
+/// Network headers without options.
+const HEADER4: u32 = 14 + 20;
+const HEADER6: u32 = 14 + 40;
+/// Where they say what is behind them.
+const PROTOCOL4: usize = 14 + 9;
+const PROTOCOL6: usize = 14 + 6;
 
 const TCP_SYN: u8 = 0x02;
 
@@ -99,6 +102,35 @@ pub fn at<T>(ctx: &TcContext, offset: usize) -> Option<&T> {
     Some(unsafe { &*(start as *const T) })
 }
 
+/// What is looked at of a transport header: no more than there is of it. (What is
+/// none of these may be an extension with another behind it.)
+#[inline(always)]
+const fn header_of(protocol: u8) -> u32 {
+    match protocol {
+        UDP | ICMP | ICMP6 => 8,
+        SCTP => 12,
+        _ => 20,
+    }
+}
+
+/// Whether that much can be read in place, or all there is.
+#[inline(always)]
+fn is_linear(ctx: &TcContext, length: u32) -> bool {
+    ctx.data() + ctx.len().min(length) as usize <= ctx.data_end()
+}
+
+/// Headers may lie outside the linear part: makes it longer, which costs a copy.
+///
+/// Never by what is behind the headers: of packets that travel as one (SCTP's by
+/// their sender, UDP's by a device that collects them) that is the next packet's
+/// beginning, which its receiver would miss there.
+#[inline(always)]
+fn pull(ctx: &TcContext, header: u32, says: usize) -> Option<()> {
+    let protocol: u8 = ctx.load(says).ok()?;
+    let wanted = header + header_of(protocol);
+    if is_linear(ctx, wanted) { Some(()) } else { ctx.pull_data(ctx.len().min(wanted)).ok() }
+}
+
 impl Packet {
     #[inline(always)]
     pub fn parse(ctx: &TcContext) -> Option<Self> {
@@ -107,12 +139,12 @@ impl Packet {
         if protocol != ETH_P_IP && protocol != ETH_P_IPV6 {
             return None;
         }
-        // Headers may lie outside the linear part.
-        let wanted = ctx.len().min(if protocol == ETH_P_IP { HEADERS4 } else { HEADERS6 });
-        if ctx.data() + wanted as usize > ctx.data_end() && ctx.pull_data(wanted).is_err() {
-            return None;
+        let v4 = protocol == ETH_P_IP;
+        let (header, says) = if v4 { (HEADER4, PROTOCOL4) } else { (HEADER6, PROTOCOL6) };
+        if !is_linear(ctx, header + header_of(TCP)) {
+            pull(ctx, header, says)?;
         }
-        if protocol == ETH_P_IP { Self::v4(ctx) } else { Self::v6(ctx) }
+        if v4 { Self::v4(ctx) } else { Self::v6(ctx) }
     }
 
     #[inline(always)]

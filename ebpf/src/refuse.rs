@@ -205,11 +205,14 @@ fn abort(ctx: &TcContext, packet: &Packet) -> Option<()> {
     };
     let (s, d) = (ports[1].to_ne_bytes(), ports[0].to_ne_bytes());
     let mut bytes = [s[0], s[1], d[0], d[1], tag[0], tag[1], tag[2], tag[3], 0, 0, 0, 0, ABORT, reflected, 0, 4];
-    let sum = sctp::checksum(&bytes).to_ne_bytes();
-    bytes[8] = sum[0];
-    bytes[9] = sum[1];
-    bytes[10] = sum[2];
-    bytes[11] = sum[3];
+    // Who has left its own to a device has this left to one as well.
+    if ctx.load::<u32>(packet.transport + sctp::CHECKSUM).ok()? != 0 {
+        let sum = sctp::checksum(&bytes).to_ne_bytes();
+        bytes[8] = sum[0];
+        bytes[9] = sum[1];
+        bytes[10] = sum[2];
+        bytes[11] = sum[3];
+    }
     resize(ctx, ETHERNET + header_length(packet) + 16)?;
     let behind = network(ctx, packet, SCTP, 16)?;
     ctx.store(behind, &bytes, 0).ok()

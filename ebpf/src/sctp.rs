@@ -3,8 +3,12 @@
 //! A CRC is linear, so a changed port changes it by the CRC of the difference,
 //! moved as far as the port is from the packet's end: multiplied by x to that
 //! power, modulo the polynomial. That is a few hundred steps for any length,
-//! without reading the packet. A device that computes the CRC itself overwrites
-//! what stands there.
+//! without reading the packet.
+//!
+//! A packet from a socket next door mostly has none yet, but 0 in its place: the
+//! device by which it leaves the machine computes it, or the kernel does before,
+//! over that 0. So a 0 stays. (Of four thousand million packets from elsewhere one
+//! has that for its checksum, and is lost.)
 
 use aya_ebpf::programs::TcContext;
 
@@ -13,7 +17,7 @@ use crate::packet::Packet;
 /// CRC32c's polynomial, bits reversed.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
 /// Where the checksum is in the common header.
-const CHECKSUM: usize = 8;
+pub const CHECKSUM: usize = 8;
 
 /// All ones when the lowest bit is set. Without a branch: each would double what
 /// the verifier has to walk.
@@ -89,6 +93,9 @@ pub extern "C" fn crc_shift(mut crc: u32, bytes: u32) -> u32 {
 pub fn port_changed(ctx: &TcContext, packet: &Packet, offset: usize, from: u16, to: u16) -> Option<()> {
     let at = packet.transport + CHECKSUM;
     let crc: u32 = ctx.load(at).ok()?;
+    if crc == 0 {
+        return Some(());
+    }
     let after = packet.end.checked_sub(packet.transport + offset + 2)? as u32;
     let difference = u32::from(from ^ to);
     // The first byte on the wire goes into the register first.
