@@ -99,7 +99,7 @@ const SUITES: &[Suite] = &[
 /// Seconds for one test in the guest.
 const TEST_LIMIT: u64 = 120;
 /// For the whole machine, on a machine that does something else as well.
-const LIMIT: Duration = Duration::from_secs(480);
+const LIMIT: Duration = Duration::from_secs(840);
 
 /// What the kernel says when it has found itself at fault.
 const COMPLAINTS: [&str; 5] = ["BUG: ", "Oops: ", "WARNING: ", "Kernel panic", "INFO: task "];

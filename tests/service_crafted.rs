@@ -200,6 +200,28 @@ fn a_checksum_of_sctp_that_is_left_to_a_device_stays_so() {
 }
 
 #[test]
+fn an_association_through_a_service_hears_of_no_other_addresses() {
+    let Some(world) = World::new("an_association_through_a_service_hears_of_no_other_addresses") else { return };
+    let v4 = [&[0, 5, 0, 8][..], &[10, 9, 0, 2]].concat();
+    let v6 = [&[0, 6, 0, 20][..], &[0xfd; 16]].concat();
+    // The types of address that are understood, padded to a word; no address.
+    let others = [0, 12, 0, 6, 0, 5, 0, 0];
+    let padding = |address: &[u8]| [&[0x80, 5], &address[2..]].concat();
+    let before = [&v4[..], &others, &v6, &v4].concat();
+    let expected = [&padding(&v4)[..], &others, &padding(&v6), &padding(&v4)].concat();
+    for way in world.ways() {
+        let sent = world.build(&way, &plain(), SCTP, &before);
+        let after = world.translated(&way, &sent);
+        let at = read(&after).unwrap().at + 12 + 20;
+        assert_eq!(after[at..], expected, "{way:?}");
+        // DATA may say what it likes.
+        let data = transport(SCTP, way.ends, way.ports, 0, &before);
+        let after = world.translated(&way, &packet(&plain(), SCTP, way.ends, &data));
+        assert_eq!(after[at..], before, "{way:?}");
+    }
+}
+
+#[test]
 fn fragments_follow_their_first_and_strangers_pass() {
     let Some(world) = World::new("fragments_follow_their_first_and_strangers_pass") else { return };
     for way in world.ways() {

@@ -81,6 +81,12 @@ fn edge(test: &str) -> Option<Edge> {
     Some(edge)
 }
 
+/// By how many addresses the associations of a namespace reach their peers.
+fn paths(netns: &Netns) -> usize {
+    let all = netns.run(|| std::fs::read_to_string("/proc/thread-self/net/sctp/remaddr").unwrap());
+    all.lines().filter(|line| !line.trim().is_empty()).count() - 1
+}
+
 /// Messages each way; the last is of several packets, which travel as one where
 /// the devices let them.
 fn talk(netns: &Netns, to: SocketAddr, listener: &TcpListener) {
@@ -119,6 +125,40 @@ fn a_pods_association_reaches_a_backend_or_is_refused() {
         let error = client(&edge.pod.netns, at).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{error}");
         assert!(began.elapsed() < Duration::from_secs(1));
+    }
+}
+
+/// Both have addresses of either family and say so to each other, who would try them
+/// past the Service and find nobody.
+#[test]
+fn an_association_knows_the_service_alone() {
+    let Some(mut edge) = edge("an_association_knows_the_service_alone") else { return };
+    edge.pod.attach(&mut edge.datapath, |way| way.short = false);
+    edge.router.run(|| {
+        ip(&format!("route add {}/32 via {NODE4}", edge.pod.v4));
+        ip(&format!("-6 route add {}/128 via {NODE6}", edge.pod.v6));
+    });
+    let asked = SocketAddr::new(NODE4.into(), NODE_PORT);
+    let mapped = |at: SocketAddr| match at {
+        SocketAddr::V4(v4) => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
+        v6 => v6,
+    };
+    let (_, to) = edge.backend(At::Elsewhere, NODE4.into(), 8080);
+    edge.services.put(1, VIP, SCTP, SCOPE_INSIDE, 0, &[to]);
+    edge.services.put(2, any_node(NODE4.into()), SCTP, SCOPE_OUTSIDE, 0, &[to]);
+    let listener = server(&edge.elsewhere, SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), to.port()));
+    for (netns, at) in [(&edge.pod.netns, VIP), (&edge.client, asked)] {
+        let mut client = client(netns, mapped(at)).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        client.write_all(b"q").unwrap();
+        server.read_exact(&mut [0]).unwrap();
+        assert_eq!((paths(netns), paths(&edge.elsewhere)), (1, 1), "{at}");
+        drop((client, server));
+        let deadline = Instant::now() + PATIENCE;
+        while paths(&edge.elsewhere) > 0 {
+            assert!(Instant::now() < deadline, "it does not end");
+            std::thread::yield_now();
+        }
     }
 }
 

@@ -24,7 +24,7 @@ use crate::flow::{self, Ends};
 use crate::packet::{Packet, Ports, SCTP, TCP, UDP};
 use crate::rewrite::End;
 use crate::translate::follow;
-use crate::{NEXT, account, errors, event, masquerade, refuse, service, short, table};
+use crate::{NEXT, account, errors, event, masquerade, refuse, sctp, service, short, table};
 
 /// Added to an `EVENT_*`: the packet ends by it. Below are verdicts.
 const ENDED_BY: i32 = 0x100;
@@ -41,11 +41,11 @@ pub fn arrive(ctx: &TcContext, packet: &Packet) -> i32 {
                 // An answer of a backend elsewhere or over its link, or a client.
                 let to = u16::from_be(packet.ports(ctx).destination);
                 match OUTSIDE_PORTS.contains(&to) || short::pod(&packet.src).is_some() {
-                    true => match answered(ctx, Door::Answer) {
-                        NEXT => request(ctx),
+                    true => match answered(ctx, packet, Door::Answer) {
+                        NEXT => request(ctx, packet),
                         verdict => verdict,
                     },
-                    false => request(ctx),
+                    false => request(ctx, packet),
                 }
             }
         },
@@ -56,17 +56,23 @@ pub fn arrive(ctx: &TcContext, packet: &Packet) -> i32 {
 
 /// In two steps, so that neither needs all of the stack.
 #[inline(always)]
-fn request(ctx: &TcContext) -> i32 {
+fn request(ctx: &TcContext, packet: &Packet) -> i32 {
     match outside_request(ctx.skb.skb) {
-        GOES_ON => outside_write(ctx.skb.skb, Door::Client as u32),
+        GOES_ON => {
+            sctp::one_address(ctx, packet);
+            outside_write(ctx.skb.skb, Door::Client as u32)
+        }
         outcome => outcome,
     }
 }
 
 #[inline(always)]
-fn answered(ctx: &TcContext, door: Door) -> i32 {
+fn answered(ctx: &TcContext, packet: &Packet, door: Door) -> i32 {
     match outside_answer(ctx.skb.skb) {
-        GOES_ON => outside_write(ctx.skb.skb, door as u32),
+        GOES_ON => {
+            sctp::one_address(ctx, packet);
+            outside_write(ctx.skb.skb, door as u32)
+        }
         outcome => outcome,
     }
 }
@@ -76,7 +82,7 @@ fn answered(ctx: &TcContext, door: Door) -> i32 {
 pub fn answer(ctx: &TcContext, packet: &Packet, door: Door) -> i32 {
     let outcome = match packet.protocol {
         _ if packet.later_fragment => outside_fragment(ctx.skb.skb, door as u32),
-        TCP | UDP | SCTP => answered(ctx, door),
+        TCP | UDP | SCTP => answered(ctx, packet, door),
         _ => errors::error_answering(ctx.skb.skb),
     };
     settle(ctx, outcome)

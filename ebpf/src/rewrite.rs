@@ -86,7 +86,7 @@ impl Packet {
             Some((checksum, flags)) => {
                 ctx.l4_csum_replace(checksum, u64::from(from), u64::from(to), flags | 2).ok()?;
             }
-            None if self.protocol == SCTP => crate::sctp::port_changed(ctx, self, at - self.transport, from, to)?,
+            None if self.protocol == SCTP => crate::sctp::changed(ctx, self, at - self.transport, from, to)?,
             None => {}
         }
         ctx.store(at, &to, 0).ok()

@@ -1,7 +1,8 @@
-//! SCTP's checksum: a CRC32c over the whole packet (RFC 9260, section 6.8).
+//! SCTP's checksum, a CRC32c over the whole packet (RFC 9260, section 6.8), and the
+//! addresses that the ends of an association tell each other.
 //!
-//! A CRC is linear, so a changed port changes it by the CRC of the difference,
-//! moved as far as the port is from the packet's end: multiplied by x to that
+//! A CRC is linear, so a changed part changes it by the CRC of the difference,
+//! moved as far as that is from the packet's end: multiplied by x to that
 //! power, modulo the polynomial. That is a few hundred steps for any length,
 //! without reading the packet.
 //!
@@ -10,9 +11,10 @@
 //! over that 0. So a 0 stays. (Of four thousand million packets from elsewhere one
 //! has that for its checksum, and is lost.)
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
 
-use crate::packet::Packet;
+use crate::packet::{Packet, SCTP};
 
 /// CRC32c's polynomial, bits reversed.
 const POLYNOMIAL: u32 = 0x82f6_3b78;
@@ -88,9 +90,9 @@ pub extern "C" fn crc_shift(mut crc: u32, bytes: u32) -> u32 {
     crc
 }
 
-/// A port at `offset` of the common header has changed (network byte order).
+/// Two bytes at `offset` of the packet have changed (network byte order).
 #[inline(always)]
-pub fn port_changed(ctx: &TcContext, packet: &Packet, offset: usize, from: u16, to: u16) -> Option<()> {
+pub fn changed(ctx: &TcContext, packet: &Packet, offset: usize, from: u16, to: u16) -> Option<()> {
     let at = packet.transport + CHECKSUM;
     let crc: u32 = ctx.load(at).ok()?;
     if crc == 0 {
@@ -103,6 +105,56 @@ pub fn port_changed(ctx: &TcContext, packet: &Packet, offset: usize, from: u16, 
     let change = crc_shift(change, after);
     // The register's byte order on the wire is little-endian.
     ctx.store(at, &(crc ^ change.to_le()), 0).ok()
+}
+
+const INIT: u8 = 1;
+const INIT_ACK: u8 = 2;
+/// Where the first chunk is, and the parameters of those two.
+const CHUNK: usize = 12;
+const PARAMETERS: usize = CHUNK + 20;
+const IPV4_ADDRESS: u16 = 5;
+const IPV6_ADDRESS: u16 = 6;
+/// Padding (RFC 4820), which all skip, whether they know it or not.
+const PADDING: u16 = 0x8005;
+/// How many parameters are looked at: addresses come first.
+const MOST: u32 = 16;
+
+/// Whoever opens an association through a Service, or accepts one, says by which
+/// other addresses it can be reached. Its peer would try those, past the Service,
+/// at ports that are nobody's there, be told so, and end the association: the
+/// addresses become padding.
+#[inline(always)]
+pub fn one_address(ctx: &TcContext, packet: &Packet) {
+    if packet.protocol == SCTP && !packet.later_fragment {
+        sctp_one_address(ctx.skb.skb);
+    }
+}
+
+/// A global function, which the verifier walks once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn sctp_one_address(skb: *mut __sk_buff) -> i32 {
+    let ctx = &TcContext::new(skb);
+    let Some(packet) = Packet::parse(ctx) else { return 0 };
+    let Ok(chunk) = ctx.load::<u8>(packet.transport + CHUNK) else { return 0 };
+    if chunk != INIT && chunk != INIT_ACK {
+        return 0;
+    }
+    let mut at = packet.transport + PARAMETERS;
+    for _ in 0..MOST {
+        let Ok([kind, length]) = ctx.load::<[u16; 2]>(at) else { return 0 };
+        let (kind, length) = (u16::from_be(kind), u16::from_be(length));
+        if matches!(kind, IPV4_ADDRESS | IPV6_ADDRESS) {
+            let offset = at - packet.transport;
+            let to = PADDING.to_be();
+            if changed(ctx, &packet, offset, kind.to_be(), to).is_none() || ctx.store(at, &to, 0).is_err() {
+                return 0;
+            }
+        }
+        // None is shorter than its own header; they begin at whole words.
+        at += (usize::from(length.max(4)) + 3) & !3;
+    }
+    0
 }
 
 /// The checksum of these bytes.

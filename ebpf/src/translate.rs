@@ -17,7 +17,7 @@ use crate::flow::{self, FORWARD, Made, NOWHERE, REVERSE, Scratch};
 use crate::outside::{Door, ended};
 use crate::packet::{ICMP, Packet, Ports, SCTP, TCP, UDP};
 use crate::rewrite::{End, ICMP6};
-use crate::{NEXT, account, errors, event, outside, refuse, service, short, table};
+use crate::{NEXT, account, errors, event, outside, refuse, sctp, service, short, table};
 
 /// What became of a packet.
 pub enum Outcome {
@@ -103,6 +103,7 @@ pub fn leaving(ctx: &TcContext, link: &Link, packet: &mut Packet) -> Outcome {
         event::tell(ctx, EVENT_UNWRITABLE);
         return Outcome::Ends(account::drop());
     }
+    sctp::one_address(ctx, packet);
     if packet.first_fragment {
         scratch.remember_fragment(packet, FORWARD);
     }
@@ -197,6 +198,7 @@ fn back_to_oneself(ctx: &TcContext, own: &Addr, packet: &mut Packet, scratch: &m
     let written = packet.set_address(ctx, End::Source, &flow.addr).is_some()
         && packet.set_port(ctx, End::Source, ports.source, flow.port).is_some()
         && packet.set_address(ctx, End::Destination, own).is_some();
+    sctp::one_address(ctx, packet);
     if written { refuse::to_sender(ctx) } else { account::drop() }
 }
 
@@ -206,8 +208,10 @@ fn back_to_oneself(ctx: &TcContext, own: &Addr, packet: &mut Packet, scratch: &m
 pub fn entering(ctx: &TcContext, packet: &mut Packet, translated: bool) {
     match packet.protocol {
         UDP | SCTP | TCP if translated => {
-            if !answered(ctx, packet) {
-                event::tell(ctx, EVENT_UNWRITABLE);
+            match answered(ctx, packet) {
+                Answered::AsItWas => {}
+                Answered::Translated => sctp::one_address(ctx, packet),
+                Answered::Unwritable => event::tell(ctx, EVENT_UNWRITABLE),
             }
         }
         ICMP | ICMP6 => errors::entering(ctx),
@@ -215,23 +219,31 @@ pub fn entering(ctx: &TcContext, packet: &mut Packet, translated: bool) {
     }
 }
 
-/// Whether it is as it should be.
+/// What became of a packet that may be an answer.
+#[repr(u32)]
+#[derive(Clone, Copy)]
+enum Answered {
+    AsItWas,
+    Translated,
+    Unwritable,
+}
+
 #[inline(never)]
-fn answered(ctx: &TcContext, packet: &mut Packet) -> bool {
+fn answered(ctx: &TcContext, packet: &mut Packet) -> Answered {
     if packet.later_fragment {
         return match flow::fragment(packet, REVERSE) {
-            Some(to) => follow(ctx, packet, to),
-            None => true,
+            Some(to) if !follow(ctx, packet, to) => Answered::Unwritable,
+            _ => Answered::AsItWas,
         };
     }
-    let Some(scratch) = flow::scratch() else { return true };
+    let Some(scratch) = flow::scratch() else { return Answered::AsItWas };
     let ports = packet.ports(ctx);
     if ports == Ports::NONE {
-        return true;
+        return Answered::AsItWas;
     }
     scratch.reverse = flow::key(packet, ports, REVERSE);
     if !table::find(&scratch.reverse, &mut scratch.found) {
-        return true;
+        return Answered::AsItWas;
     }
     note_end(ctx, packet, FLOW_ENDED_BACKEND, scratch);
     (scratch.src, scratch.dst) = (packet.src, packet.dst);
@@ -241,7 +253,7 @@ fn answered(ctx: &TcContext, packet: &mut Packet) -> bool {
     if written && packet.first_fragment {
         scratch.remember_fragment(packet, REVERSE);
     }
-    written
+    if written { Answered::Translated } else { Answered::Unwritable }
 }
 
 /// A later fragment goes where the first one went.
