@@ -70,7 +70,17 @@ const SUITES: &[Suite] = &[
         programs: &["ip", "tc"],
         modules: &["veth", "sch_ingress", "cls_bpf"],
         without: &[],
-        only: &[],
+        // What is attached how; what is pinned and adopted is the same everywhere.
+        only: &[
+            "a_veth_pods_packets_and_bytes_are_counted_in_both_directions",
+            "a_clsact_filter_is_replaced_in_place_and_missed_when_it_is_gone",
+            "clsact_inside_a_pod_counts_too",
+            "programs_inside_a_pod_are_brought_up_to_date_after_a_restart",
+            "a_crash_while_programs_inside_a_pod_are_replaced_is_mended",
+            "programs_and_counters_survive_kill_9_and_are_adopted",
+            "wiring_threads_attach_in_parallel_and_verify_what_they_attached",
+            "where_a_move_loses_programs_they_are_attached_inside_and_taken_up_again",
+        ],
     },
     Suite {
         name: "netns_wiring",
