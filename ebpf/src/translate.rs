@@ -9,8 +9,8 @@
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{
     AFFINITY_ADDRESS, Addr, AffinityKey, EVENT_CHOSEN, EVENT_MOVED, EVENT_NOT_ADMITTED, EVENT_REFUSED,
-    EVENT_TABLE_FULL, EVENT_UNWRITABLE, FLOW_ENDED_BACKEND, FLOW_ENDED_CLIENT, FlowKey, Fragment, Frontend, FrontendKey, HAIRPIN4, HAIRPIN6, Link, SCOPE_INSIDE,
-    TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
+    EVENT_TABLE_FULL, EVENT_UNWRITABLE, FLOW_ENDED_BACKEND, FLOW_ENDED_CLIENT, FlowKey, Fragment, Frontend,
+    FrontendKey, HAIRPIN4, HAIRPIN6, Link, SCOPE_INSIDE, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
 };
 
 use crate::flow::{self, FORWARD, Made, NOWHERE, REVERSE, Scratch};
@@ -207,13 +207,11 @@ fn back_to_oneself(ctx: &TcContext, own: &Addr, packet: &mut Packet, scratch: &m
 #[inline(always)]
 pub fn entering(ctx: &TcContext, packet: &mut Packet, translated: bool) {
     match packet.protocol {
-        UDP | SCTP | TCP if translated => {
-            match answered(ctx, packet) {
-                Answered::AsItWas => {}
-                Answered::Translated => sctp::one_address(ctx, packet),
-                Answered::Unwritable => event::tell(ctx, EVENT_UNWRITABLE),
-            }
-        }
+        UDP | SCTP | TCP if translated => match answered(ctx, packet) {
+            Answered::AsItWas => {}
+            Answered::Translated => sctp::one_address(ctx, packet),
+            Answered::Unwritable => event::tell(ctx, EVENT_UNWRITABLE),
+        },
         ICMP | ICMP6 => errors::entering(ctx),
         _ => {}
     }
