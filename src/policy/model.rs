@@ -5,7 +5,6 @@
 //! have the same.
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -16,23 +15,7 @@ use crate::service::model::Protocol;
 pub type Word = Arc<str>;
 
 /// A NetworkPolicy or a pod, by namespace and name.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Name {
-    pub namespace: Word,
-    pub name: Word,
-}
-
-impl Name {
-    pub fn new(namespace: impl Into<Word>, name: impl Into<Word>) -> Self {
-        Self { namespace: namespace.into(), name: name.into() }
-    }
-}
-
-impl fmt::Display for Name {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
-    }
-}
+pub use crate::service::model::ServiceName as Name;
 
 /// Sorted by key.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
