@@ -1,10 +1,12 @@
 //! Promise: in the lab, clients outside the nodes reach Services by node ports
-//! and load balancers, as their policies say.
+//! and load balancers, as their policies say; and nobody notices that pods come
+//! and go.
 
 mod e2e_support;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use e2e_support::pods::{first4, ns, pod};
@@ -118,5 +120,85 @@ async fn node_ports_and_load_balancers_serve_clients_outside_as_their_policies_s
     let [tcp, _] = node_ports(&lab, "local");
     let silent = Ask::new(SocketAddr::new(nodes[0], tcp)).within(Duration::from_millis(500)).tcp(&vm).await;
     assert!(matches!(silent, Err(fairway::lab::workload::client::AskError::Timeout(_))), "{silent:?}");
+    lab.down().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_client_notices_that_pods_come_and_go() {
+    if let Some(missing) = missing() {
+        return skip("no_client_notices_that_pods_come_and_go", missing);
+    }
+    let lab = lab("sc", 2, |_| ()).await;
+    let deployment = |replicas: u32| {
+        json!({
+            "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"namespace": "default", "name": "web"},
+            "spec": {
+                "replicas": replicas, "selector": {"matchLabels": {"app": "web"}},
+                "template": {"metadata": {"labels": {"app": "web"}}, "spec": {
+                    // As everywhere, what serves on while the news goes round is not noticed to end.
+                    "containers": [{
+                        "name": "c", "image": "registry.example/c:1", "ports": [{"containerPort": 8080}],
+                        "lifecycle": {"preStop": {"sleep": {"seconds": 3}}},
+                    }],
+                }},
+            },
+        })
+    };
+    lab.kube().apply(deployment(2)).unwrap();
+    lab.create(0, "ask", false);
+    let ask = ns(&lab.ready("ask").await);
+    lab.kube().apply(service("web", json!({"type": "LoadBalancer"}))).unwrap();
+    let service = lab.kube().get("Service", "default", "web").unwrap();
+    let cluster_ip: IpAddr = service["spec"]["clusterIP"].as_str().unwrap().parse().unwrap();
+    let vip = balancer(&lab, "web").await;
+    let [tcp, udp] = node_ports(&lab, "web");
+    let node = lab.node(1).addresses[0];
+    let (vm, outside) = (lab.site.vm.clone(), lab.site.outside.clone());
+    let clients = [
+        ("a pod", ask, SocketAddr::new(cluster_ip, 80), SocketAddr::new(cluster_ip, 80)),
+        ("a VM", vm, SocketAddr::new(node, tcp), SocketAddr::new(node, udp)),
+        ("somebody outside", outside, SocketAddr::new(vip, 80), SocketAddr::new(vip, 80)),
+    ];
+    let answering = async |count: usize| {
+        for (who, from, tcp, _) in &clients {
+            lab.until(&format!("{count} pods to answer {who}"), PATIENCE, async || {
+                let mut names = BTreeSet::new();
+                for _ in 0..8 * count {
+                    names.insert(Ask::new(*tcp).tcp(from).await.map_err(|e| e.to_string())?.text);
+                }
+                if names.len() == count { Ok(()) } else { Err(format!("{names:?}")) }
+            })
+            .await;
+        }
+    };
+    answering(2).await;
+
+    let (stop, asked) = (AtomicBool::new(false), AtomicU64::new(0));
+    let load = async |who: &str, from: &Netns, tcp: SocketAddr, udp: SocketAddr| {
+        while !stop.load(Ordering::Relaxed) {
+            let tcp = Ask::new(tcp).tcp(from).await.map_err(|e| format!("{who}, tcp: {e}"))?;
+            let udp = Ask::new(udp).udp(from).await.map_err(|e| format!("{who}, udp: {e}"))?;
+            assert!(tcp.text.starts_with("web-") && udp.text.starts_with("web-"));
+            asked.fetch_add(2, Ordering::Relaxed);
+        }
+        Ok::<(), String>(())
+    };
+    let scale = async || {
+        for replicas in [6, 1, 4, 2] {
+            lab.kube().apply(deployment(replicas)).unwrap();
+            answering(replicas as usize).await;
+        }
+        stop.store(true, Ordering::Relaxed);
+        Ok(())
+    };
+    let [(a, from_a, tcp_a, udp_a), (b, from_b, tcp_b, udp_b), (c, from_c, tcp_c, udp_c)] = &clients;
+    let done = tokio::try_join!(
+        load(a, from_a, *tcp_a, *udp_a),
+        load(b, from_b, *tcp_b, *udp_b),
+        load(c, from_c, *tcp_c, *udp_c),
+        scale()
+    );
+    done.unwrap();
+    println!("{} questions, all answered", asked.load(Ordering::Relaxed));
     lab.down().await;
 }

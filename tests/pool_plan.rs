@@ -213,6 +213,25 @@ fn a_new_eni_leaves_the_vswitch_what_a_busy_one_will_be_asked_for() {
 }
 
 #[test]
+fn a_cloud_that_is_away_makes_no_shared_pod_take_the_place_of_an_exclusive_one() {
+    let mut world = World::new(3, 10, 1, bare());
+    world.add(0, AttachMode::Veth, false);
+    world.settle();
+    world.cloud.0.lock().chaos.down = true;
+    for n in 1..4 {
+        world.add(n, AttachMode::Veth, false);
+        world.turn(1);
+    }
+    world.turn(1);
+    world.add(4, AttachMode::Exclusive, false);
+    world.turn(1);
+    world.cloud.0.lock().chaos.down = false;
+    world.settle();
+    assert_eq!((world.served(), world.refusal(4)), (5, None));
+    assert_eq!(world.cloud.secondary().len(), 2, "the room of the ENI whose call failed was waited for");
+}
+
+#[test]
 fn when_every_vswitch_is_exhausted_the_pod_hears_it_at_once() {
     let mut world = World::new(8, 10, 1, bare());
     for net in world.cloud.0.lock().vswitches.values_mut() {

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use super::config::Config;
 use super::demand::Demand;
-use super::state::{AddressState, EniKey, HoldKey, Phase, Purpose, State, Time};
+use super::state::{AddressState, Eni, EniKey, HoldKey, Phase, Purpose, State, Time};
 use super::step::Step;
 
 /// Limits of the cloud's API, per call.
@@ -83,8 +83,11 @@ impl Planner<'_> {
 
     /// No calls for this ENI, or none that take from its vSwitch.
     fn may_grow(&self, key: EniKey) -> bool {
-        let vswitch = self.state.enis.get(&key).map(|e| HoldKey::VSwitch(e.vswitch.clone()));
-        !self.held_back(&HoldKey::Eni(key)) && vswitch.is_some_and(|v| !self.held_back(&v))
+        !self.held_back(&HoldKey::Eni(key)) && self.state.enis.get(&key).is_some_and(|e| self.vswitch_gives(e))
+    }
+
+    fn vswitch_gives(&self, eni: &Eni) -> bool {
+        !self.held_back(&HoldKey::VSwitch(eni.vswitch.clone()))
     }
 
     fn free_places(&self) -> u32 {

@@ -97,10 +97,15 @@ impl Planner<'_> {
     /// Up to `need` addresses for which ENIs that are busy now can be asked when
     /// they are not: a call there is cheaper than another ENI. They are set aside
     /// in the vSwitch, so that no new ENI takes what was counted on.
+    ///
+    /// A call that is held back is one to be repeated (what an ENI itself fails
+    /// at gives the call up): the cloud does not answer, and would not for
+    /// another ENI either, which took a place that a pod may come to need.
     fn count_on_latent_room(&mut self, need: u32) -> u32 {
         let per_eni = self.state.per_eni();
         let busy = self.state.enis.iter().filter(|(key, e)| {
-            e.purpose == Purpose::Shared && e.serves() && (!e.ready() || e.assign4.is_some()) && self.may_grow(**key)
+            let comes = if e.assign4.is_some() { self.vswitch_gives(e) } else { !e.ready() && self.may_grow(**key) };
+            e.purpose == Purpose::Shared && e.serves() && comes
         });
         let rooms = busy.map(|(key, eni)| {
             let creating = if let Phase::Creating { ipv4, .. } = eni.phase { ipv4 } else { 0 };
