@@ -30,6 +30,8 @@ use crate::datapath::upgrade::Awaits;
 use crate::datapath::{Datapath, DatapathError, Options, cgroup_root};
 use crate::debug::{Collect, DebugHttp, Query, View, Views};
 use crate::netns::{NetnsWirer, NoPrograms, PodPrograms, Wiring};
+use crate::policy::status::PolicySnapshot;
+use crate::policy::{self, PolicyCompiler};
 use crate::pool::snapshot::PoolSnapshot;
 use crate::pool::{self, Audit, Pool};
 use crate::service::status::ServiceSnapshot;
@@ -66,7 +68,9 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
     let cluster: Handle<ClusterWatch> = tree.child({
         // Without programs nobody would read the maps.
         let services = config.services.enabled && config.bpffs.is_some();
-        let cluster = crate::cluster::Config { node_name: config.node.clone(), services, ..config.cluster.clone() };
+        let policies = config.policies.enabled && config.bpffs.is_some();
+        let cluster =
+            crate::cluster::Config { node_name: config.node.clone(), services, policies, ..config.cluster.clone() };
         let facts = facts.clone();
         move || ClusterWatch::open(cluster.clone(), publisher.clone(), facts.clone())
     });
@@ -130,20 +134,36 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
         };
         tree.child(move || ServiceMap::open(deps.clone()))
     });
+    // Policies.
+    let (policy_sender, policy_figures) = watch::channel(Arc::new(PolicySnapshot::default()));
+    let enforced = programs.clone().filter(|_| enforces_policies(&config));
+    let policies: Option<Handle<PolicyCompiler>> = enforced.map(|programs| {
+        let deps = policy::Deps {
+            index: facts.policies.clone(),
+            leases: pool.port(),
+            leader: facts.leader.clone(),
+            record_event: cluster.port(),
+            maps: policy_maps(programs),
+            snapshots: policy_sender,
+        };
+        tree.child(move || PolicyCompiler::open(deps.clone()))
+    });
     if let Some(programs) = programs.clone() {
         let take_over = TakeOver {
             programs,
             awaits,
             pool: snapshot.clone(),
             services: services.is_some().then(|| service_figures.clone()),
+            policies: policies.is_some().then(|| policy_figures.clone()),
             leases: pool.port(),
             wire: netns.port(),
+            enforce: policies.as_ref().map(Handle::port),
         };
         actor_free_task(take_over.run());
     }
 
     // Kubelet.
-    let ports = cni_ports(&pool, &netns, &cluster);
+    let ports = cni_ports(&pool, &netns, policies.as_ref(), &cluster);
     let server: Handle<CniServer> = tree.child_in(&kubelets, {
         let (config, facts) = (config.cni.clone(), facts.clone());
         move || CniServer::open(config.clone(), ports.clone(), facts.clone())
@@ -155,6 +175,9 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
     views.ready.push(ready::cni(config.cni.socket.clone()));
     if let Some(services) = &services {
         service_views(&mut views, services, &service_figures);
+    }
+    if let Some(policies) = &policies {
+        views.queries.insert("policies", query(policies, || policy::PolicyStatus {}));
     }
     let _: Handle<DebugHttp> = tree.child({
         let config = config.debug.clone();
@@ -215,6 +238,11 @@ fn carries_services(config: &Config) -> bool {
     config.services.enabled && config.cluster.source != crate::cluster::Source::Disabled
 }
 
+/// As with Services.
+fn enforces_policies(config: &Config) -> bool {
+    config.policies.enabled && config.cluster.source != crate::cluster::Source::Disabled
+}
+
 fn open_datapath(bpffs: &std::path::Path, config: &Config) -> Result<(Arc<Programs>, Awaits), AgentError> {
     let (mut datapath, adoption) = Datapath::open_as(bpffs, Options::default(), takeover::layout())?;
     if config.services.enabled {
@@ -256,7 +284,12 @@ fn netns_ports(netns: &Handle<NetnsWirer>) -> pool::NetnsPorts {
     pool::NetnsPorts { prepare: netns.port(), forget: netns.port(), unwire: netns.port(), inventory: netns.port() }
 }
 
-fn cni_ports(pool: &Handle<Pool>, netns: &Handle<NetnsWirer>, cluster: &Handle<ClusterWatch>) -> cni::Ports {
+fn cni_ports(
+    pool: &Handle<Pool>,
+    netns: &Handle<NetnsWirer>,
+    policies: Option<&Handle<PolicyCompiler>>,
+    cluster: &Handle<ClusterWatch>,
+) -> cni::Ports {
     cni::Ports {
         allocate: pool.port(),
         confirm: pool.port(),
@@ -267,6 +300,7 @@ fn cni_ports(pool: &Handle<Pool>, netns: &Handle<NetnsWirer>, cluster: &Handle<C
         wire: netns.port(),
         unwire: netns.port(),
         verify: netns.port(),
+        enforce: policies.map(Handle::port),
         record_event: cluster.port(),
     }
 }
@@ -303,6 +337,11 @@ fn views(
 /// The maps that ServiceMap writes to: those that the programs read.
 fn service_maps(programs: Arc<Programs>) -> service::OpenMaps {
     Arc::new(move || Ok(Box::new(programs.service_maps()?)))
+}
+
+/// The tables that PolicyCompiler writes to.
+fn policy_maps(programs: Arc<Programs>) -> policy::OpenMaps {
+    Arc::new(move || Ok(Box::new(programs.policy_maps()?)))
 }
 
 /// What those programs fill themselves.

@@ -1,7 +1,8 @@
 //! ClusterWatch: the only actor that talks to the Kubernetes API.
 //!
 //! Purpose: knows the pods of this node, the node itself, and the cluster's
-//! Services with their endpoints, and publishes them as facts; tells the cluster what happened (Events), how the node is (a
+//! Services with their endpoints, its NetworkPolicies with the pods and namespaces
+//! that they speak of, and publishes them as facts; tells the cluster what happened (Events), how the node is (a
 //! condition, an extended resource), and elects one node among all (a Lease).
 //! Everything works on without it: while the API server is away the facts stay
 //! as they were last seen, Events wait in a bounded buffer, and the Lease is
@@ -15,6 +16,7 @@ pub mod convert;
 pub mod election;
 pub mod events;
 pub mod index;
+mod policies;
 mod services;
 pub mod status;
 mod watches;
@@ -35,6 +37,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::actor::{Actor, Ctx, Handles, Message, Responder, StartError};
 use crate::model::PodKey;
+use crate::policy::index::{Index as PolicyIndex, Known as KnownPolicies};
 use crate::service::index::Index as ServiceIndex;
 use crate::service::model::ServiceName;
 use events::Events;
@@ -106,6 +109,8 @@ pub struct Facts {
     pub leader: watch::Receiver<bool>,
     /// The cluster's Services and EndpointSlices, and which have changed.
     pub services: ServiceIndex,
+    /// NetworkPolicies, all pods and namespaces, and which have changed.
+    pub policies: PolicyIndex,
 }
 
 /// The publishing side of [`Facts`].
@@ -115,6 +120,7 @@ pub struct Publisher {
     pub node: watch::Sender<Option<Arc<NodeInfo>>>,
     pub leader: watch::Sender<bool>,
     pub services: ServiceIndex,
+    pub policies: PolicyIndex,
     /// What [`SetNodeStatus`] asked for; here, so that a restart keeps it.
     desired: watch::Sender<Desired>,
 }
@@ -125,9 +131,15 @@ pub fn facts() -> (Publisher, Facts) {
     let (node, node_seen) = watch::channel(None);
     let (leader, leader_seen) = watch::channel(false);
     let (desired, _) = watch::channel(Desired::default());
-    let services = ServiceIndex::default();
-    let seen = Facts { pods: pods_seen, node: node_seen, leader: leader_seen, services: services.clone() };
-    (Publisher { pods, node, leader, services, desired }, seen)
+    let (services, policies) = (ServiceIndex::default(), PolicyIndex::default());
+    let seen = Facts {
+        pods: pods_seen,
+        node: node_seen,
+        leader: leader_seen,
+        services: services.clone(),
+        policies: policies.clone(),
+    };
+    (Publisher { pods, node, leader, services, policies, desired }, seen)
 }
 
 /// Tell the cluster. Answered when buffered, not when delivered.
@@ -153,6 +165,7 @@ pub enum About {
     Pod { key: PodKey, uid: Option<String> },
     Node,
     Service { name: ServiceName, uid: String },
+    NetworkPolicy { name: ServiceName, uid: String },
     EndpointSlice { name: ServiceName, uid: String },
 }
 
@@ -192,6 +205,8 @@ pub struct ClusterSnapshot {
     pub node_seen: bool,
     /// Absent when Services are not watched.
     pub services: Option<crate::service::index::Known>,
+    /// Absent when policies are not watched.
+    pub policies: Option<KnownPolicies>,
     pub leader: bool,
     pub events: events::EventStats,
     /// Seconds since a watch last said something.
@@ -230,6 +245,9 @@ pub struct Config {
     /// Watch Services and EndpointSlices; from `services.enabled`.
     #[serde(skip)]
     pub services: bool,
+    /// Watch NetworkPolicies, all pods and namespaces; from `policies.enabled`.
+    #[serde(skip)]
+    pub policies: bool,
 }
 
 impl Default for Config {
@@ -244,6 +262,7 @@ impl Default for Config {
             events_buffered: 1024,
             streaming_lists: false,
             services: false,
+            policies: false,
         }
     }
 }
@@ -354,6 +373,21 @@ impl Actor for ClusterWatch {
                 ended("the watch of endpoint slices"),
             );
         }
+        if config.policies {
+            let (index, words) = (publisher.policies.clone(), policies::Words::default());
+            ctx.spawn(
+                policies::policies(client.clone(), config.clone(), index.clone(), words.clone(), health.clone()),
+                ended("the watch of network policies"),
+            );
+            ctx.spawn(
+                policies::pods(client.clone(), config.clone(), index.clone(), words.clone(), health.clone()),
+                ended("the watch of all pods"),
+            );
+            ctx.spawn(
+                policies::namespaces(client.clone(), config.clone(), index, words, health.clone()),
+                ended("the watch of namespaces"),
+            );
+        }
         let (buffer, more) = (self.events.clone(), self.more_events.clone());
         ctx.spawn(
             writers::events(client.clone(), buffer, more, facts.clone(), health.clone()),
@@ -406,6 +440,7 @@ impl Handles<ClusterStatus> for ClusterWatch {
             pods: self.facts.pods.borrow().as_ref().map(|p| p.len()),
             node_seen: self.facts.node.borrow().is_some(),
             services: self.config.services.then(|| self.facts.services.known()),
+            policies: self.config.policies.then(|| self.facts.policies.known()),
             leader: *self.facts.leader.borrow(),
             events: self.events.lock().stats(),
             heard_seconds_ago: heard.map(|at| at.elapsed().as_secs()),

@@ -38,6 +38,7 @@ use crate::actor::{Actor, Ctx, Handles, Message, Port, Responder, StartError};
 use crate::cluster::{Facts, RecordEvent};
 use crate::model::AttachMode;
 use crate::netns::{Unwire, Verify, Wire};
+use crate::policy::Enforce;
 use crate::pool::{Allocate, BeginRelease, Confirm, FinishRelease, Leases, Lookup};
 use conversation::Desk;
 use intake::SpoolWorker;
@@ -92,6 +93,8 @@ pub struct Ports {
     pub wire: Port<Wire>,
     pub unwire: Port<Unwire>,
     pub verify: Port<Verify>,
+    /// None where policies are not enforced.
+    pub enforce: Option<Port<Enforce>>,
     pub record_event: Port<RecordEvent>,
 }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{cloud, cluster, cni, debug, netns, pool, service, telemetry};
+use crate::{cloud, cluster, cni, debug, netns, policy, pool, service, telemetry};
 
 /// No configuration of ours is longer; what is, is not a configuration.
 const LONGEST: u64 = 256 << 10;
@@ -32,6 +32,7 @@ pub struct Config {
     pub cni: cni::Config,
     pub cluster: cluster::Config,
     pub services: service::Config,
+    pub policies: policy::Config,
     pub debug: debug::Config,
 }
 
@@ -49,6 +50,7 @@ impl Default for Config {
             cni: cni::Config::default(),
             cluster: cluster::Config::default(),
             services: service::Config::default(),
+            policies: policy::Config::default(),
             debug: debug::Config::default(),
         }
     }

@@ -18,6 +18,7 @@ mod error;
 pub mod flows;
 mod hook;
 pub(crate) mod pins;
+pub mod policies;
 mod programs;
 pub mod samples;
 mod seen;
@@ -36,7 +37,7 @@ use std::path::Path;
 
 use aya::maps::{MapError, PerCpuValues};
 pub use fairway_ebpf_abi::Counters;
-use fairway_ebpf_abi::{Endpoint, IN_POD, MAX_ENDPOINTS};
+use fairway_ebpf_abi::{Endpoint, IN_POD, MAX_ENDPOINTS, PROFILE_OPEN};
 use serde::Serialize;
 
 use self::ahead::Ahead;
@@ -54,6 +55,7 @@ pub use self::uplink::Uplink;
 use self::ways::Ways;
 pub use self::ways::{NodeLink, Way};
 use crate::model::{AttachMode, AttachmentId};
+use crate::policy::tables::Enforced;
 use crate::sys::bpf;
 
 /// The node's eBPF programs and maps.
@@ -327,6 +329,37 @@ impl Datapath {
     /// The maps behind Services, for their owner.
     pub fn service_maps(&self) -> Result<services::KernelMaps, DatapathError> {
         services::KernelMaps::open(&self.pins)
+    }
+
+    /// The tables that policies compile to, for their owner.
+    pub fn policy_maps(&self) -> Result<policies::KernelPolicies, DatapathError> {
+        policies::KernelPolicies::open(&self.pins)
+    }
+
+    /// The number of a pod's device.
+    pub fn endpoint(&self, attachment: &AttachmentId) -> Option<Endpoint> {
+        self.known.get(attachment).map(|entry| entry.endpoint)
+    }
+
+    /// How policies isolate the pod, from now on; its number, if it is attached.
+    pub fn isolate(&mut self, attachment: &AttachmentId, how: Enforced) -> Result<Option<Endpoint>, DatapathError> {
+        let Some(entry) = self.known.get(attachment) else { return Ok(None) };
+        let profile = |of: Option<u64>| of.unwrap_or(PROFILE_OPEN);
+        let there = self.ways.isolate(entry.endpoint, profile(how.ingress), profile(how.egress))?;
+        Ok(there.then_some(entry.endpoint))
+    }
+
+    /// Every pod, and how it is isolated.
+    pub fn isolated(&self) -> Result<Vec<(AttachmentId, Endpoint, Enforced)>, DatapathError> {
+        let one = |(attachment, entry): (&AttachmentId, &Entry)| {
+            let profile = |of: u64| (of != PROFILE_OPEN).then_some(of);
+            let found = self.ways.isolation(entry.endpoint)?;
+            Ok(found.map(|(ingress, egress)| {
+                let how = Enforced { ingress: profile(ingress), egress: profile(egress) };
+                (attachment.clone(), entry.endpoint, how)
+            }))
+        };
+        self.known.iter().filter_map(|entry| one(entry).transpose()).collect()
     }
 
     /// What the programs fill themselves, for whoever keeps it in order.

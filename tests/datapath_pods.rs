@@ -530,7 +530,7 @@ fn a_pinned_map_of_another_layout_is_not_adopted() {
 
         let (datapath, adoption) = node.open_with(options);
         assert_eq!(adoption.rotated.len(), 1, "{adoption:?}");
-        assert!(adoption.rotated[0].contains("value size 16 instead of 56"), "{adoption:?}");
+        assert!(adoption.rotated[0].contains("value size 16 instead of 72"), "{adoption:?}");
         assert_eq!(MapInfo::from_pin(&pin).unwrap().value_size() as usize, size_of::<Counters>());
         // The pod goes on, counted in the new map by a program that knows it.
         assert_eq!(adoption.adopted, [attachment("a")]);
@@ -648,6 +648,7 @@ fn wiring_threads_attach_in_parallel_and_verify_what_they_attached() {
                     node_link: None,
                     shared_eni: None,
                     netns_cookie: None,
+                    netns_number: None,
                 };
                 programs.attach(&to).unwrap();
                 assert!(programs.verify(&to).unwrap().is_empty());
@@ -683,6 +684,7 @@ fn an_exclusive_enis_programs_are_verified_where_it_is() {
         node_link: None,
         shared_eni: None,
         netns_cookie: None,
+        netns_number: None,
     };
     programs.attach(&host).unwrap();
     assert!(programs.verify(&host).unwrap().is_empty());
@@ -710,6 +712,7 @@ fn where_a_move_loses_programs_they_are_attached_inside_and_taken_up_again() {
         node_link: None,
         shared_eni: None,
         netns_cookie: None,
+        netns_number: None,
     };
     assert_eq!(programs.attach(&host).unwrap(), Placed::OnceInside);
     assert_eq!(programs_on("eni1"), 0);

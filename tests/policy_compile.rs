@@ -47,7 +47,12 @@ impl Cluster {
 
     /// `None`: nobody isolates the pod. Else whether it is allowed.
     fn judge(&self, endpoint: u32, direction: Direction, peer: IpAddr, protocol: Protocol, port: u16) -> Option<bool> {
-        let (name, pod) = self.local.get(&endpoint).and_then(|name| self.pods.get_key_value(name))?;
+        let name = self.local.get(&endpoint)?;
+        let Some(pod) = self.pods.get(name) else {
+            // Any policy of its namespace may be meant for it.
+            let here = self.policies.iter().filter(|(policy, _)| policy.namespace == name.namespace);
+            return here.map(|(_, it)| it).any(|it| it.rules(direction).is_some()).then_some(false);
+        };
         let target = match direction {
             Direction::Ingress => Some(pod),
             Direction::Egress => self.owner(peer).map(|(_, pod)| pod),
@@ -202,7 +207,7 @@ fn pod(name: &Name, labels: Labels, mut ports: Vec<NamedPort>, dual: bool) -> Po
     // One number for a name.
     ports.sort();
     ports.dedup_by(|a, b| (&a.name, a.protocol) == (&b.name, b.protocol));
-    Pod { ips: ips.into(), labels: Arc::new(labels), ports: ports.into() }
+    Pod { uid: 0, ips: ips.into(), labels: Arc::new(labels), ports: ports.into() }
 }
 
 impl Edit {
@@ -233,10 +238,9 @@ impl Edit {
                 }
             }
             Edit::Local(endpoint, name) => {
-                let found = name.and_then(|name| Some((name.clone(), cluster.pods.get(&name)?.clone())));
-                compiler.set_endpoint(endpoint, found.clone());
-                match found {
-                    Some((name, _)) => drop(cluster.local.insert(endpoint, name)),
+                compiler.set_endpoint(endpoint, name.clone());
+                match name {
+                    Some(name) => drop(cluster.local.insert(endpoint, name)),
                     None => drop(cluster.local.remove(&endpoint)),
                 }
             }
@@ -295,7 +299,7 @@ proptest! {
             again.set_pod(name.clone(), Some(pod.clone()));
         }
         for (endpoint, name) in &cluster.local {
-            again.set_endpoint(*endpoint, cluster.pods.get(name).map(|pod| (name.clone(), pod.clone())));
+            again.set_endpoint(*endpoint, Some(name.clone()));
         }
         for (name, policy) in &cluster.policies {
             again.set_policy(name.clone(), Some(policy.clone()));

@@ -69,7 +69,7 @@ fn flow(table: &mut Table, n: u32, protocol: u8, backend: u32, ages: [u64; 2], f
         Flow { last_used: ago(ages[0]), addr: backend_addr, port: 8080u16.to_be(), flags, backend, ..Flow::default() };
     table.insert(key, to, 0).unwrap();
     let from = Flow { last_used: ago(ages[1]), addr: key.dst, port: key.dport, backend, ..Flow::default() };
-    table.insert(partner(&key, &to), from, 0).unwrap();
+    table.insert(partner(&key, &to).unwrap(), from, 0).unwrap();
     key
 }
 

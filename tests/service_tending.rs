@@ -100,7 +100,7 @@ impl Fake {
             FlowKey { src: v4(10, n), dst: v4(96, 1), sport: 9, dport: 80, protocol, kind: FLOW_FORWARD, _pad: 0 };
         let to = Flow { last_used: w.now * SECOND, addr: v4(11, backend), port: 8080, backend, ..Flow::default() };
         w.flows.insert(key, to);
-        w.flows.insert(partner(&key, &to), Flow { addr: key.dst, port: key.dport, ..to });
+        w.flows.insert(partner(&key, &to).unwrap(), Flow { addr: key.dst, port: key.dport, ..to });
         key
     }
 

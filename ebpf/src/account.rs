@@ -101,6 +101,22 @@ pub fn short_ingress(ctx: &TcContext, of: Endpoint) {
     counters.ingress_short += size.packets;
 }
 
+/// Was dropped: no policy lets it into the pod.
+#[inline(always)]
+pub fn denied_ingress(ctx: &TcContext, of: Endpoint) {
+    if let Some(counters) = counters(of) {
+        counters.denied_ingress += Size::of(ctx).packets;
+    }
+}
+
+/// Was dropped: no policy lets it out.
+#[inline(always)]
+pub fn denied_egress(ctx: &TcContext, of: Endpoint) {
+    if let Some(counters) = counters(of) {
+        counters.denied_egress += Size::of(ctx).packets;
+    }
+}
+
 /// Was dropped: not from the pod's address.
 #[inline(always)]
 pub fn spoofed(ctx: &TcContext, of: Endpoint) {

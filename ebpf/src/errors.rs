@@ -12,13 +12,13 @@ use crate::rewrite::{End, ICMP6};
 use crate::{NEXT, event, outside, short, table};
 
 /// What an error quotes: the packet that caused it.
-struct Quoted {
+pub struct Quoted {
     v4: bool,
-    src: Addr,
-    dst: Addr,
-    protocol: u8,
-    sport: u16,
-    dport: u16,
+    pub src: Addr,
+    pub dst: Addr,
+    pub protocol: u8,
+    pub sport: u16,
+    pub dport: u16,
     /// Where its network and transport headers begin.
     network: usize,
     transport: usize,
@@ -27,7 +27,7 @@ struct Quoted {
 impl Quoted {
     /// `None` when the packet is no error or quotes too little.
     #[inline(always)]
-    fn of(ctx: &TcContext, packet: &Packet) -> Option<Self> {
+    pub fn of(ctx: &TcContext, packet: &Packet) -> Option<Self> {
         if packet.later_fragment {
             return None;
         }

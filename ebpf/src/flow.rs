@@ -6,7 +6,7 @@
 use aya_ebpf::btf_maps::{LruHashMap, PerCpuArray};
 use aya_ebpf::macros::btf_map;
 use fairway_ebpf_abi::{
-    Addr, FLOW_FORWARD, FLOW_REVERSE, Flow, FlowKey, Fragment, FragmentKey, FrontendKey, MAX_FRAGMENTS,
+    Addr, FLOW_FORWARD, FLOW_REVERSE, Flow, FlowKey, Fragment, FragmentKey, FrontendKey, MAX_FRAGMENTS, RuleKey,
 };
 
 use crate::packet::{Packet, Ports};
@@ -49,6 +49,11 @@ pub struct Scratch {
     pub hash: u32,
     /// What the packet is to become.
     pub wanted: Ends,
+    /// The flow as policies see it: the pod first.
+    pub judged: FlowKey,
+    pub rule: RuleKey,
+    /// Of the policies' tables.
+    pub generation: u32,
     part: FragmentKey,
     becomes: Fragment,
 }

@@ -26,6 +26,7 @@ const PROTOCOL4: usize = 14 + 9;
 const PROTOCOL6: usize = 14 + 6;
 
 const TCP_SYN: u8 = 0x02;
+const TCP_ACK: u8 = 0x10;
 
 pub struct Packet {
     pub src: Addr,
@@ -131,12 +132,18 @@ fn pull(ctx: &TcContext, header: u32, says: usize) -> Option<()> {
     if is_linear(ctx, wanted) { Some(()) } else { ctx.pull_data(ctx.len().min(wanted)).ok() }
 }
 
+/// By the protocol that the kernel has found.
+#[inline(always)]
+pub fn is_ip(protocol: u16) -> bool {
+    protocol == ETH_P_IP || protocol == ETH_P_IPV6
+}
+
 impl Packet {
     #[inline(always)]
     pub fn parse(ctx: &TcContext) -> Option<Self> {
         // SAFETY: the context is the kernel's and valid while the program runs.
         let protocol = unsafe { (*ctx.skb.skb).protocol } as u16;
-        if protocol != ETH_P_IP && protocol != ETH_P_IPV6 {
+        if !is_ip(protocol) {
             return None;
         }
         let v4 = protocol == ETH_P_IP;
@@ -232,6 +239,12 @@ impl Packet {
             Some(header) => header[13],
             None => 0,
         }
+    }
+
+    /// Whether this is the first packet of a TCP connection.
+    #[inline(always)]
+    pub fn begins_tcp(&self, ctx: &TcContext) -> bool {
+        self.tcp_flags(ctx) & (TCP_SYN | TCP_ACK) == TCP_SYN
     }
 
     /// Or to nobody.

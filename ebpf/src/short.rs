@@ -13,14 +13,14 @@ use aya_ebpf::helpers::{bpf_redirect_neigh, bpf_redirect_peer};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
 use fairway_ebpf_abi::{
-    Addr, Endpoint, LINK_SHORT, Link, MAX_ENDPOINTS, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, POD_AWAY, POD_SHORT, Pod,
-    TRANSLATED_ANSWERS, TRANSLATED_REQUESTS, Uplink,
+    Addr, EVENT_SPOOFED, Endpoint, LINK_SHORT, Link, MAX_ENDPOINTS, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, POD_AWAY,
+    POD_ISOLATED, POD_SHORT, Pod, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS, Uplink,
 };
 
 use crate::NEXT;
 use crate::account::{self, NO_PREALLOC};
 use crate::packet::Packet;
-use crate::translate;
+use crate::{event, policy, translate};
 
 #[btf_map]
 static LINKS: HashMap<Endpoint, Link, { MAX_ENDPOINTS as usize }, NO_PREALLOC> = HashMap::new();
@@ -61,6 +61,46 @@ pub fn is_node(addr: &Addr) -> bool {
 pub fn uplink() -> Option<&'static Uplink> {
     let uplink = UPLINK.get(0)?;
     (uplink.ifindex != 0).then_some(uplink)
+}
+
+/// Whether the packet has come by a pod's link to the node: the program is on
+/// those and on the uplink.
+#[inline(always)]
+pub fn is_link(ctx: &TcContext) -> bool {
+    // SAFETY: the context is the kernel's and valid while the program runs.
+    let here = unsafe { (*ctx.skb.skb).ifindex };
+    !uplink().is_some_and(|uplink| uplink.ifindex == here)
+}
+
+/// A packet of a pod with an ENI of its own, by its link to the node: its source
+/// is the pod's, and its policies let it out.
+#[inline(always)]
+pub fn may_leave_by_link(ctx: &TcContext, packet: &Packet) -> bool {
+    // SAFETY: as in `is_link`.
+    let here = unsafe { (*ctx.skb.skb).ifindex };
+    match pod(&packet.src) {
+        Some(pod) if pod.ifindex == here => match link(pod.endpoint) {
+            Some(link) => policy::lets_out(ctx, pod.endpoint, link),
+            None => true,
+        },
+        None if !packet.v4 && (is_local_scope(packet.src.words[0]) || packet.src == Addr::default()) => true,
+        _ => {
+            event::tell(ctx, EVENT_SPOOFED);
+            false
+        }
+    }
+}
+
+/// Whether policies let the packet into this pod.
+#[inline(always)]
+pub fn lets_in(ctx: &TcContext, pod: &Pod) -> bool {
+    if pod.flags & POD_ISOLATED == 0 {
+        return true;
+    }
+    match link(pod.endpoint) {
+        Some(link) => policy::lets_in(ctx, pod.endpoint, link),
+        None => true,
+    }
 }
 
 /// Packets of this pod are looked at from now on: `TRANSLATED_*`.
@@ -182,6 +222,9 @@ pub fn arrive(ctx: &TcContext, packet: &mut Packet) -> i32 {
 fn hand_over(ctx: &TcContext, pod: &Pod, packet: &mut Packet) -> Option<i32> {
     if pod.flags & POD_SHORT == 0 {
         return None;
+    }
+    if !lets_in(ctx, pod) {
+        return Some(account::drop());
     }
     translate::entering(ctx, packet, pod.translated & TRANSLATED_REQUESTS != 0);
     account::short_ingress(ctx, pod.endpoint);

@@ -17,7 +17,7 @@ use crate::flow::{self, FORWARD, Made, NOWHERE, REVERSE, Scratch};
 use crate::outside::{Door, ended};
 use crate::packet::{ICMP, Packet, Ports, SCTP, TCP, UDP};
 use crate::rewrite::{End, ICMP6};
-use crate::{NEXT, account, errors, event, outside, refuse, sctp, service, short, table};
+use crate::{NEXT, account, errors, event, outside, policy, refuse, sctp, service, short, table};
 
 /// What became of a packet.
 pub enum Outcome {
@@ -175,9 +175,14 @@ fn answering(ctx: &TcContext, link: &Link, packet: &Packet) -> Outcome {
     }
     if link.node_link != 0 {
         return match outside::answers(ctx, packet) {
+            // Judged where it arrives.
             true => Outcome::Ends(short::over_link(link, packet)),
             false => Outcome::On,
         };
+    }
+    // Judged as the pod has sent it: nobody knows it afterwards.
+    if policy::isolates(link) && outside::answers(ctx, packet) && !policy::lets_out(ctx, account::endpoint(ctx), link) {
+        return Outcome::Ends(account::drop());
     }
     match outside::answer(ctx, packet, Door::Answer) {
         NEXT => Outcome::On,

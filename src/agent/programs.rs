@@ -6,15 +6,20 @@
 use std::fs::File;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
+use std::sync::Arc;
 
+use fairway_ebpf_abi::Endpoint;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use crate::datapath::flows::KernelFlows;
+use crate::datapath::policies::KernelPolicies;
 use crate::datapath::services::KernelMaps;
 use crate::datapath::{Datapath, DatapathError, Device, NodeLink, Uplink, Way};
 use crate::model::{AttachMode, AttachmentId, Lease};
 use crate::netns::{Attachment, Placed, PodPrograms};
+use crate::policy::maps::{Change, InForce, PolicyMaps};
+use crate::policy::tables::{Enforced, RuleId};
 use crate::sys::netns::Netns;
 
 pub struct Programs {
@@ -43,13 +48,14 @@ impl Programs {
             gateway4: subnet.gateway4,
             gateway6: subnet.gateway6,
             eni: of.shared_eni,
-            node_link: of.node_link.filter(|_| self.services).map(|(in_pod, gateway4, gateway6)| NodeLink {
+            node_link: of.node_link.map(|(in_pod, gateway4, gateway6)| NodeLink {
                 in_node: of.host_ifindex,
                 in_pod,
                 gateway4,
                 gateway6,
             }),
             cookie: of.netns_cookie,
+            netns: of.netns_number,
             per_packet: lease.traffic.per_packet,
             short: self.fast_path && of.shared_eni.is_some() && !lease.traffic.host_ports,
             limited: lease.bandwidth.ingress_bps.is_some(),
@@ -82,6 +88,8 @@ impl Programs {
                     "egress_short": c.egress_short,
                     "ingress_short": c.ingress_short,
                     "spoofed": c.spoofed,
+                    "denied_ingress": c.denied_ingress,
+                    "denied_egress": c.denied_egress,
                 })
             })
             .collect()
@@ -127,6 +135,7 @@ impl Programs {
             node_link: None,
             shared_eni: None,
             netns_cookie,
+            netns_number: None,
         };
         self.attach(&inside).map(drop)
     }
@@ -146,6 +155,12 @@ impl Programs {
         self.datapath.lock().flow_tables().map_err(|e| e.to_string())
     }
 
+    /// The tables that policies compile to, and the pods that they isolate.
+    pub fn policy_maps(self: &Arc<Self>) -> Result<PolicyTables, String> {
+        let kernel = self.datapath.lock().policy_maps().map_err(|e| e.to_string())?;
+        Ok(PolicyTables { programs: self.clone(), kernel })
+    }
+
     fn on_device<R>(
         &self,
         of: &Attachment<'_>,
@@ -162,6 +177,43 @@ impl Programs {
                 f(&mut datapath, device).map_err(said)
             }
         }
+    }
+}
+
+/// Classes and rules, with descriptors of their own; pods by the datapath, which
+/// writes them too.
+pub struct PolicyTables {
+    programs: Arc<Programs>,
+    kernel: KernelPolicies,
+}
+
+impl PolicyMaps for PolicyTables {
+    fn read(&mut self) -> Result<InForce, String> {
+        self.kernel.read().map_err(|e| format!("the tables of policies cannot be read: {e}"))
+    }
+
+    fn apply(&mut self, change: &Change) -> Result<(), String> {
+        self.kernel.apply(change)
+    }
+
+    fn next_generation(&mut self) -> Result<(), String> {
+        self.kernel.next_generation().map_err(|e| format!("the generation of policies cannot be written: {e}"))
+    }
+
+    fn hits(&mut self) -> Result<Vec<(RuleId, u64)>, String> {
+        self.kernel.hits().map_err(|e| format!("the hits of rules cannot be read: {e}"))
+    }
+
+    fn pods(&mut self) -> Result<Vec<(AttachmentId, Endpoint, Enforced)>, String> {
+        self.programs.datapath.lock().isolated().map_err(|e| e.to_string())
+    }
+
+    fn endpoint(&mut self, attachment: &AttachmentId) -> Result<Option<Endpoint>, String> {
+        Ok(self.programs.datapath.lock().endpoint(attachment))
+    }
+
+    fn enforce(&mut self, attachment: &AttachmentId, how: Enforced) -> Result<Option<Endpoint>, String> {
+        self.programs.datapath.lock().isolate(attachment, how).map_err(|e| e.to_string())
     }
 }
 

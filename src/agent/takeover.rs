@@ -11,6 +11,8 @@ use crate::actor::{Deadline, Port};
 use crate::datapath::upgrade::Awaits;
 use crate::datapath::upgrade::{CONVERTERS, Layout};
 use crate::netns::Wire;
+use crate::policy::Enforce;
+use crate::policy::status::PolicySnapshot;
 use crate::pool::Leases;
 use crate::pool::snapshot::PoolSnapshot;
 use crate::service::status::ServiceSnapshot;
@@ -22,8 +24,11 @@ pub struct TakeOver {
     pub pool: watch::Receiver<Arc<PoolSnapshot>>,
     /// None where Services are not carried.
     pub services: Option<watch::Receiver<Arc<ServiceSnapshot>>>,
+    /// None where policies are not enforced.
+    pub policies: Option<watch::Receiver<Arc<PolicySnapshot>>>,
     pub leases: Port<Leases>,
     pub wire: Port<Wire>,
+    pub enforce: Option<Port<Enforce>>,
 }
 
 const AGAIN: Duration = Duration::from_secs(1);
@@ -43,6 +48,9 @@ impl TakeOver {
         if let Some(services) = self.services.as_mut().filter(|_| self.awaits.services) {
             services.wait_for(|s| s.ready().is_ok()).await.ok()?;
         }
+        if let Some(policies) = self.policies.as_mut().filter(|_| self.awaits.policies || self.awaits.pods) {
+            policies.wait_for(|p| p.settled_ms_ago.is_some()).await.ok()?;
+        }
         if !self.awaits.pods {
             return Some(());
         }
@@ -52,9 +60,15 @@ impl TakeOver {
             if let Ok(leases) = self.leases.ask(Leases {}, Deadline::after(Duration::from_secs(10))).await {
                 for lease in leases {
                     let attachment = lease.attachment.clone();
+                    let enforce = Enforce { attachment: attachment.clone(), pod: lease.pod.clone(), uid: None };
                     let wire = Wire { lease };
                     if let Err(error) = self.wire.ask(wire, Deadline::after(Duration::from_secs(10))).await {
                         tracing::warn!(%attachment, %error, "A pod does without the short way until its next check");
+                    }
+                    if let Some(port) = &self.enforce
+                        && let Err(error) = port.ask(enforce, Deadline::after(Duration::from_secs(10))).await
+                    {
+                        tracing::warn!(%attachment, %error, "A pod's policies are in force a little later");
                     }
                 }
                 return Some(());

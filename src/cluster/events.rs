@@ -131,6 +131,10 @@ impl Events {
             About::Service { name, uid } => {
                 json!({"apiVersion": "v1", "kind": "Service", "namespace": name.namespace, "name": name.name, "uid": uid})
             }
+            About::NetworkPolicy { name, uid } => json!({
+                "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+                "namespace": name.namespace, "name": name.name, "uid": uid,
+            }),
             About::EndpointSlice { name, uid } => json!({
                 "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
                 "namespace": name.namespace, "name": name.name, "uid": uid,
@@ -198,7 +202,9 @@ fn namespace(about: &About) -> String {
     match about {
         About::Pod { key, .. } => key.namespace.clone(),
         About::Node => "default".into(),
-        About::Service { name, .. } | About::EndpointSlice { name, .. } => name.namespace.to_string(),
+        About::Service { name, .. } | About::NetworkPolicy { name, .. } | About::EndpointSlice { name, .. } => {
+            name.namespace.to_string()
+        }
     }
 }
 
@@ -206,7 +212,9 @@ fn event_name(about: &About, node: &str, now: Timestamp, serial: u64) -> String 
     let object = match about {
         About::Pod { key, .. } => &key.name,
         About::Node => node,
-        About::Service { name, .. } | About::EndpointSlice { name, .. } => &name.name,
+        About::Service { name, .. } | About::NetworkPolicy { name, .. } | About::EndpointSlice { name, .. } => {
+            &name.name
+        }
     };
     let base = cut(object, 200);
     format!("{}.{:x}{:x}", base.trim_end_matches(['.', '-']), now.as_microsecond(), serial & 0xfff)

@@ -26,7 +26,7 @@ const PAGE: u32 = 250;
 /// in some clusters, and nobody here asks for them.
 const SLICES: &str = "kubernetes.io/service-name,!service.kubernetes.io/headless";
 
-fn paged(config: &Config) -> watcher::Config {
+pub(super) fn paged(config: &Config) -> watcher::Config {
     listed(config, watcher::Config::default()).page_size(PAGE)
 }
 
@@ -49,15 +49,19 @@ pub(super) async fn services(client: Client, config: Arc<Config>, index: Index, 
     }
 }
 
-fn meta<K: kube::Resource<DynamicType = ()>>(guard: DeserializeGuard<K>) -> ObjectMeta {
+pub(super) fn meta<K: kube::Resource<DynamicType = ()>>(guard: DeserializeGuard<K>) -> ObjectMeta {
     guard.0.map_or_else(|invalid| invalid.metadata, |mut object| std::mem::take(object.meta_mut()))
 }
 
-fn service(guard: DeserializeGuard<Service>, names: &mut Names, index: &Index) {
-    let meta = match &guard.0 {
-        Ok(object) => &object.metadata,
+pub(super) fn meta_of<K: kube::Resource<DynamicType = ()>>(guard: &DeserializeGuard<K>) -> &ObjectMeta {
+    match &guard.0 {
+        Ok(object) => object.meta(),
         Err(invalid) => &invalid.metadata,
-    };
+    }
+}
+
+fn service(guard: DeserializeGuard<Service>, names: &mut Names, index: &Index) {
+    let meta = meta_of(&guard);
     let Some(name) = convert::name(meta, names) else { return };
     let uid = meta.uid.clone().unwrap_or_default();
     let converted = match guard.0 {

@@ -25,6 +25,7 @@ use crate::actor::{AskError, Deadline};
 use crate::cluster::{About, Facts, PodInfo, RecordEvent};
 use crate::model::{AttachmentId, Lease, PodKey, Traffic};
 use crate::netns::{Unwire, Verify, Wire};
+use crate::policy::Enforce;
 use crate::pool::{Allocate, BeginRelease, Confirm, FinishRelease, Leases, Lookup, PoolError};
 
 /// What is kept of the caller's time for undoing a failed ADD.
@@ -76,7 +77,7 @@ impl Desk {
             About::Pod { key: pod.clone(), uid: call.pod.uid.clone().or(known.as_ref().map(|k| k.uid.clone())) };
         let wired = match self.wishes(&call, known.as_deref()) {
             Err(e) => Err(e),
-            Ok(wishes) => self.lease_and_wire(&call, &id, pod, wishes, steps, deadline).await,
+            Ok(wishes) => self.lease_and_wire(&call, &id, pod, known.as_deref(), wishes, steps, deadline).await,
         };
         match wired {
             Ok((lease, result)) => {
@@ -95,11 +96,13 @@ impl Desk {
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "what one ADD is about")]
     async fn lease_and_wire(
         &self,
         call: &Call,
         id: &AttachmentId,
         pod: PodKey,
+        known: Option<&PodInfo>,
         wishes: Wishes,
         steps: Deadline,
         deadline: Deadline,
@@ -125,7 +128,9 @@ impl Desk {
                 None => result,
             };
             let confirm = Confirm { attachment: id.clone() };
-            let confirmed = self.ports.confirm.ask(confirm, steps).await;
+            let confirmed = self.ports.confirm.ask(confirm, steps);
+            let (confirmed, enforced) = futures::join!(confirmed, self.enforce(&lease, known, steps));
+            enforced?;
             confirmed.map_err(|e| cni("the address cannot be recorded as in use", e))?;
             Ok((lease, result))
         };
@@ -136,6 +141,27 @@ impl Desk {
                 Err(e)
             }
         }
+    }
+
+    /// Before anything in the pod runs, its policies are in force.
+    async fn enforce(&self, lease: &Lease, known: Option<&PodInfo>, deadline: Deadline) -> Result<(), CniError> {
+        let Some(port) = &self.ports.enforce else { return Ok(()) };
+        // A sandbox that is no pod's is in no policy.
+        if lease.pod.namespace.is_empty() {
+            return Ok(());
+        }
+        // A static pod has another uid in the API, by which it is known there.
+        let uid = known.map(|pod| pod.uid.clone()).or_else(|| lease.pod_uid.clone());
+        let ask = Enforce { attachment: lease.attachment.clone(), pod: lease.pod.clone(), uid };
+        let enforced =
+            port.ask(ask, deadline).await.map_err(|e| cni("the pod's policies cannot be put in force", e))?;
+        if let Some(why) = enforced.closed {
+            tracing::warn!(pod = %lease.pod, why, "The pod is closed until its policies are known");
+            let about = About::Pod { key: lease.pod.clone(), uid: lease.pod_uid.clone() };
+            let note = format!("nothing passes to or from the pod until its policies are known: {why}");
+            self.tell(about, true, "PolicyPending", "EnforcePolicy", note);
+        }
+        Ok(())
     }
 
     /// What was to be released of this attachment is, before it is leased anew.

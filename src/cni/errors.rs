@@ -8,6 +8,7 @@ use super::wire::{CniError, code};
 use crate::actor::AskError;
 use crate::cloud::{CloudError, CloudErrorKind};
 use crate::netns::{Finding, WireError};
+use crate::policy::PolicyError;
 use crate::pool::PoolError;
 
 /// Errors of other actors, as CNI codes.
@@ -62,6 +63,18 @@ impl ToCni for WireError {
     }
     fn away(&self) -> bool {
         matches!(self, WireError::Unavailable)
+    }
+}
+
+impl ToCni for PolicyError {
+    fn code(&self) -> u32 {
+        match self {
+            PolicyError::NotAttached(_) => code::WIRING_FAILED,
+            PolicyError::Refused(_) | PolicyError::NotYet(_) => code::TRY_AGAIN,
+        }
+    }
+    fn away(&self) -> bool {
+        matches!(self, PolicyError::NotYet(_))
     }
 }
 

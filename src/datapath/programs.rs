@@ -13,12 +13,14 @@ use aya::maps::{Map, MapError, MapInfo, MapType, PerCpuArray, PerCpuHashMap};
 use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use fairway_ebpf_abi::{
-    AFFINITIES, Addr, Affinity, AffinityKey, BACKENDS, Backend, COUNTERS, Counters, ENDPOINT, ENI_INGRESS, EVENT_COUNT,
-    EVENTS, Endpoint, FLOWS, FRAGMENTS, FRONTENDS, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey, IN_POD,
-    LINKS, Link, MAX_AFFINITIES, MAX_BACKENDS, MAX_ENDPOINTS, MAX_FLOWS, MAX_FRAGMENTS, MAX_FRONTENDS, MAX_NAMESPACES,
-    MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES, MAX_SOCKETS, MAX_SOURCE_RANGES, MAX_SPARE_FLOWS, NAMESPACES, NODE,
-    NODE_EGRESS, NODE_INGRESS, ORIGINALS, Original, PACES, POD_EGRESS, POD_INGRESS, PODS, Pace, Pod, SAMPLES,
-    SAMPLES_SIZE, SLOTS, SOCKETS, SOURCE_RANGES, SPARE_FLOWS, SlotKey, SocketKey, TrieKey, UPLINK, Uplink,
+    AFFINITIES, Addr, Affinity, AffinityKey, BACKENDS, Backend, CLASS_NETS, CLASSES, COUNTERS, Counters, ENDPOINT,
+    ENI_INGRESS, EVENT_COUNT, EVENTS, Endpoint, FLOWS, FRAGMENTS, FRONTENDS, Flow, FlowKey, Fragment, FragmentKey,
+    Frontend, FrontendKey, IN_POD, LINK_EGRESS, LINKS, Link, MAX_AFFINITIES, MAX_BACKENDS, MAX_CLASS_NETS, MAX_CLASSED,
+    MAX_ENDPOINTS, MAX_FLOWS, MAX_FRAGMENTS, MAX_FRONTENDS, MAX_NAMESPACES, MAX_NODE_ADDRESSES, MAX_POD_ADDRESSES,
+    MAX_RULE_BLOCKS, MAX_RULES, MAX_SOCKETS, MAX_SOURCE_RANGES, MAX_SPARE_FLOWS, NAMESPACES, NODE, NODE_EGRESS,
+    NODE_INGRESS, NetKey, ORIGINALS, Original, PACES, POD_EGRESS, POD_INGRESS, PODS, POLICY, Pace, Pod, PolicyState,
+    RULE_HITS, RULES, RuleBlock, RuleKey, SAMPLES, SAMPLES_SIZE, SLOTS, SOCKETS, SOURCE_RANGES, SPARE_FLOWS, SlotKey,
+    SocketKey, TrieKey, UPLINK, Uplink,
 };
 
 use super::DatapathError;
@@ -42,7 +44,7 @@ struct MapSpec {
 }
 
 /// Every pinned map.
-const MAPS: [MapSpec; 19] = [
+const MAPS: [MapSpec; 24] = [
     hash::<Endpoint, Counters>(COUNTERS, MAX_ENDPOINTS).of_type(MapType::PerCpuHash),
     hash::<Endpoint, Link>(LINKS, MAX_ENDPOINTS),
     hash::<Addr, Pod>(PODS, MAX_POD_ADDRESSES),
@@ -61,6 +63,11 @@ const MAPS: [MapSpec; 19] = [
     MapSpec { flags: 0, ..hash::<u32, Uplink>(UPLINK, 1).of_type(MapType::Array) },
     MapSpec { flags: 0, ..hash::<u32, Pace>(PACES, EVENT_COUNT).of_type(MapType::PerCpuArray) },
     MapSpec { flags: 0, ..hash::<(), ()>(SAMPLES, SAMPLES_SIZE).of_type(MapType::RingBuf) },
+    hash::<Addr, u64>(CLASSES, MAX_CLASSED),
+    hash::<NetKey, u64>(CLASS_NETS, MAX_CLASS_NETS).of_type(MapType::LpmTrie),
+    hash::<RuleKey, RuleBlock>(RULES, MAX_RULE_BLOCKS),
+    hash::<u64, u64>(RULE_HITS, MAX_RULES).of_type(MapType::PerCpuHash),
+    MapSpec { flags: 0, ..hash::<u32, PolicyState>(POLICY, 1).of_type(MapType::Array) },
     MapSpec { max_entries: 0, ..hash::<i32, Original>(ORIGINALS, 0).of_type(MapType::SkStorage) },
 ];
 
@@ -222,7 +229,7 @@ impl Loader {
             programs.get(direction)?.load().map_err(|e| refusal(name_of(direction), &e))?;
         }
         if endpoint == 0 {
-            for name in [ENI_INGRESS, NODE_INGRESS, NODE_EGRESS] {
+            for name in [ENI_INGRESS, NODE_INGRESS, NODE_EGRESS, LINK_EGRESS] {
                 programs.named(name)?.load().map_err(|e| refusal(name, &e))?;
             }
         }

@@ -64,4 +64,6 @@ fn add(total: &mut Counters, one: &Counters) {
     total.ingress_short += one.ingress_short;
     total.egress_short += one.egress_short;
     total.spoofed += one.spoofed;
+    total.denied_ingress += one.denied_ingress;
+    total.denied_egress += one.denied_egress;
 }

@@ -16,7 +16,8 @@ use std::path::PathBuf;
 
 use aya::maps::MapInfo;
 use fairway_ebpf_abi::{
-    BACKENDS, Backend, FRONTENDS, LAYOUT_VERSION, LINKS, NAMESPACES, NODE, PODS, SLOTS, SOURCE_RANGES, SlotKey,
+    BACKENDS, Backend, CLASS_NETS, CLASSES, FRONTENDS, LAYOUT_VERSION, LINKS, NAMESPACES, NODE, PODS, RULES, SLOTS,
+    SOURCE_RANGES, SlotKey,
 };
 
 use super::pins::Pins;
@@ -28,6 +29,7 @@ use crate::sys::bpf::{self, Batch, Convert};
 const TOGETHER: [&[&str]; 2] = [&[FRONTENDS, SLOTS, BACKENDS, SOURCE_RANGES], &[LINKS, PODS, NAMESPACES]];
 /// Maps that are filled from Services, and from the leases of pods.
 const OF_SERVICES: [&str; 4] = [FRONTENDS, SLOTS, BACKENDS, SOURCE_RANGES];
+const OF_POLICIES: [&str; 3] = [CLASSES, CLASS_NETS, RULES];
 const OF_PODS: [&str; 4] = [LINKS, PODS, NAMESPACES, NODE];
 
 /// What an entry of a map in an older layout is in this one.
@@ -164,6 +166,7 @@ impl Upgrade {
         Awaits {
             services: OF_SERVICES.iter().any(|name| self.emptied.contains(name)),
             pods: OF_PODS.iter().any(|name| self.emptied.contains(name)),
+            policies: OF_POLICIES.iter().any(|name| self.emptied.contains(name)),
         }
     }
 
@@ -184,10 +187,12 @@ pub struct Awaits {
     pub services: bool,
     /// Pods and their ways, by wiring each again.
     pub pods: bool,
+    /// Policies' tables, by a complete look.
+    pub policies: bool,
 }
 
 impl Awaits {
     pub fn any(&self) -> bool {
-        self.services || self.pods
+        self.services || self.pods || self.policies
     }
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::maps::{Array, MapData, MapError};
-use fairway_ebpf_abi::{self as abi, ENI_INGRESS, NODE_EGRESS, NODE_INGRESS, UPLINK};
+use fairway_ebpf_abi::{self as abi, ENI_INGRESS, LINK_EGRESS, NODE_EGRESS, NODE_INGRESS, UPLINK};
 
 use super::programs::Programs;
 use super::{Datapath, DatapathError, clsact};
@@ -115,15 +115,18 @@ impl Datapath {
         clsact::attach(&ingress, ifindex).map_err(|cause| DatapathError::Eni { ifindex, cause })
     }
 
-    /// A pod with an ENI of its own answers clients from outside over its link to the
-    /// node. The filter goes with the link.
+    /// What a pod with an ENI of its own exchanges with the node, and its answers to
+    /// clients from outside, pass by its link. The filters go with the link.
     pub fn attach_link(&mut self, ifindex: u32) -> Result<(), DatapathError> {
         if let Some(held) = &mut self.held {
             held.links.insert(ifindex);
             return Ok(());
         }
-        let ingress = [(self.shared.classifier(NODE_INGRESS)?, TcxChain::Ingress)];
-        clsact::attach(&ingress, ifindex).map_err(|cause| DatapathError::Eni { ifindex, cause })
+        let both = [
+            (self.shared.classifier(NODE_INGRESS)?, TcxChain::Ingress),
+            (self.shared.classifier(LINK_EGRESS)?, TcxChain::Egress),
+        ];
+        clsact::attach(&both, ifindex).map_err(|cause| DatapathError::Eni { ifindex, cause })
     }
 
     /// The links to the node that carry an earlier process's program get this one's.

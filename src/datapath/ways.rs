@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use aya::maps::{HashMap, MapData, MapError};
 use fairway_ebpf_abi::{
     Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_ANSWERS,
-    POD_AWAY, POD_SHORT, PODS, Pod, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
+    POD_AWAY, POD_ISOLATED, POD_SHORT, PODS, PROFILE_OPEN, Pod, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
 };
 
 use super::DatapathError;
@@ -28,8 +28,10 @@ pub struct Way {
     pub eni: Option<u32>,
     /// The link to the node of a pod with an ENI of its own, when it is known.
     pub node_link: Option<NodeLink>,
-    /// Of the pod's network namespace.
+    /// Of the pod's network namespace: what sockets know it by, and its number in the
+    /// node's.
     pub cookie: Option<u64>,
+    pub netns: Option<i32>,
     /// Services are resolved packet by packet, never when a process connects.
     pub per_packet: bool,
     /// Packets may pass by the node's stack once it has seen the connection open.
@@ -84,10 +86,14 @@ impl Ways {
             gateway4: IpAddr::V4(way.gateway4).into(),
             gateway6: addr(way.gateway6),
             cookie: way.cookie.unwrap_or(0),
+            ingress: PROFILE_OPEN,
+            egress: PROFILE_OPEN,
             eni: way.eni.unwrap_or(0),
             flags: if way.short { LINK_SHORT } else { 0 },
             translated: 0,
             node_link: 0,
+            netns: way.netns.unwrap_or(-1),
+            _pad: 0,
         };
         if let Some(to_node) = &way.node_link {
             link.node_link = to_node.in_pod;
@@ -98,6 +104,13 @@ impl Ways {
         // Its connections go on.
         let unknown = if self.begun_anew { TRANSLATED_REQUESTS | TRANSLATED_ANSWERS } else { 0 };
         link.translated = old.map_or(unknown, |old| old.translated);
+        // Whose device it is has not changed, nor what isolates it.
+        if let Some(old) = &old
+            && (old.v4, old.cookie) == (link.v4, link.cookie)
+        {
+            (link.ingress, link.egress) = (old.ingress, old.egress);
+            link.netns = way.netns.unwrap_or(old.netns);
+        }
         // Seen from inside the pod alone, one does not see it.
         if let (Some(old), None, None) = (&old, way.eni, way.node_link)
             && (old.v4, old.cookie) == (link.v4, link.cookie)
@@ -119,11 +132,34 @@ impl Ways {
             (None, Some(link)) => (link.in_node, POD_AWAY | POD_ANSWERS),
             (None, None) => return Ok(()),
         };
+        let flags = if isolates(&link) { flags | POD_ISOLATED } else { flags };
         for addr in addresses(&link) {
             let pod = Pod { endpoint, ifindex, flags, translated: link.translated };
             self.pods.insert(addr, pod, 0).map_err(DatapathError::Ways)?;
         }
         Ok(())
+    }
+
+    /// How policies isolate the pod. Before its addresses say so its link does.
+    /// `false` when there is no such pod.
+    pub(super) fn isolate(&mut self, endpoint: Endpoint, ingress: u64, egress: u64) -> Result<bool, DatapathError> {
+        let Some(link) = found(self.links.get(&endpoint, 0))? else { return Ok(false) };
+        if (link.ingress, link.egress) == (ingress, egress) {
+            return Ok(true);
+        }
+        let link = Link { ingress, egress, ..link };
+        self.links.insert(endpoint, link, 0).map_err(DatapathError::Ways)?;
+        for addr in addresses(&link) {
+            let Some(pod) = found(self.pods.get(&addr, 0))?.filter(|pod| pod.endpoint == endpoint) else { continue };
+            let flags = if isolates(&link) { pod.flags | POD_ISOLATED } else { pod.flags & !POD_ISOLATED };
+            self.pods.insert(addr, Pod { flags, ..pod }, 0).map_err(DatapathError::Ways)?;
+        }
+        Ok(true)
+    }
+
+    /// The profiles of a pod; `None` when there is no such pod.
+    pub(super) fn isolation(&self, endpoint: Endpoint) -> Result<Option<(u64, u64)>, DatapathError> {
+        Ok(found(self.links.get(&endpoint, 0))?.map(|link| (link.ingress, link.egress)))
     }
 
     pub(super) fn forget(&mut self, endpoint: Endpoint) -> Result<(), DatapathError> {
@@ -186,6 +222,10 @@ impl Ways {
     pub(super) fn is_short(&self, endpoint: Endpoint) -> bool {
         self.links.get(&endpoint, 0).is_ok_and(|link| link.flags & LINK_SHORT != 0)
     }
+}
+
+fn isolates(link: &Link) -> bool {
+    link.ingress != PROFILE_OPEN || link.egress != PROFILE_OPEN
 }
 
 fn addresses(link: &Link) -> impl Iterator<Item = Addr> {

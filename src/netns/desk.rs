@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
@@ -79,7 +80,7 @@ impl Desk {
         let shared = self.shared.clone();
         let _held = shared.locks.hold(lease.attachment.to_string());
         let pod = self.open_pod(lease)?;
-        let cookie = pod.nl.netns_cookie();
+        let known = (pod.nl.netns_cookie(), self.nl.netns_number(pod.ns.as_fd()));
         let names = link_names(&shared.config.link_prefix, &lease.attachment);
         let cause = |e: NlError| kernel(lease, &e);
 
@@ -112,7 +113,7 @@ impl Desk {
         }
         let ops = plan::diff(&desired, &actual).map_err(|e| conflict(lease, e))?;
         let programs = shared.programs.clone();
-        let mut ready = |devices: &Devices| programs.attach(&attachment(&shared.config, lease, devices, cookie));
+        let mut ready = |devices: &Devices| programs.attach(&attachment(&shared.config, lease, devices, known));
         if let Err(errors) = site.apply(&ops, &mut ready) {
             drop(site);
             let mut causes: Vec<String> = errors.iter().map(|e| format!("{}: {}", e.what, remedy(e))).collect();
@@ -211,7 +212,7 @@ impl Desk {
         }));
         let problems = shared
             .programs
-            .verify(&attachment(&shared.config, lease, devices, None))
+            .verify(&attachment(&shared.config, lease, devices, (None, None)))
             .map_err(|e| fault(lease, "program", vec![e]))?;
         findings.extend(problems.into_iter().map(|detail| Finding { what: "program".to_owned(), detail }));
         Ok(findings)
@@ -344,7 +345,7 @@ fn attachment<'a>(
     config: &Config,
     lease: &'a Lease,
     devices: &'a Devices,
-    netns_cookie: Option<u64>,
+    (netns_cookie, netns_number): (Option<u64>, Option<i32>),
 ) -> Attachment<'a> {
     let index = |dev| Some(devices.index(dev)).filter(|i| *i != 0);
     Attachment {
@@ -355,6 +356,7 @@ fn attachment<'a>(
         node_link: index(Dev::NodeLink).map(|i| (i, config.gateway4, config.gateway6)),
         shared_eni: index(Dev::Eni).filter(|_| lease.mode == AttachMode::Veth),
         netns_cookie,
+        netns_number,
     }
 }
 

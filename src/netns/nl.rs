@@ -8,10 +8,11 @@
 //! the namespace it was opened in, whatever its thread does later.
 
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 /// One message to the kernel, what it is for, and which errors mean "as wished".
@@ -72,6 +73,31 @@ impl Nl {
     /// The cookie of the namespace the socket is in; `None` before Linux 5.14.
     pub(super) fn netns_cookie(&self) -> Option<u64> {
         crate::sys::netns::cookie_of(self.socket.as_fd()).ok().flatten()
+    }
+
+    /// The number that another namespace has in this one; it is given one if it has
+    /// none, and keeps it as long as it lives.
+    pub(super) fn netns_number(&mut self, of: BorrowedFd<'_>) -> Option<i32> {
+        let message = |id: Option<i32>| {
+            let mut message = NsidMessage::default();
+            message.attributes.push(NsidAttribute::Fd(of.as_raw_fd().cast_unsigned()));
+            message.attributes.extend(id.map(NsidAttribute::Id));
+            message
+        };
+        let request = |message, fine| Request { what: "number of the namespace".to_owned(), message, flags: 0, fine };
+        let requests = vec![
+            request(RouteNetlinkMessage::NewNsId(message(Some(-1))), THERE),
+            request(RouteNetlinkMessage::GetNsId(message(None)), &[]),
+        ];
+        let answers = self.all(requests).ok()?;
+        let number = |message: &RouteNetlinkMessage| match message {
+            RouteNetlinkMessage::NewNsId(found) => found.attributes.iter().find_map(|a| match a {
+                NsidAttribute::Id(id) if *id >= 0 => Some(*id),
+                _ => None,
+            }),
+            _ => None,
+        };
+        answers.iter().flatten().find_map(number)
     }
 
     /// Send everything; each answer stands at its request's place. An error of

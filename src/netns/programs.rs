@@ -25,6 +25,9 @@ pub struct Attachment<'a> {
     /// What eBPF programs know the pod's namespace by. `None` when it was not
     /// asked for, and before Linux 5.14.
     pub netns_cookie: Option<u64>,
+    /// The number of the pod's namespace in the node's, by which programs look into
+    /// it. `None` when it was not asked for.
+    pub netns_number: Option<i32>,
 }
 
 /// Whether an attachment's programs are in place.

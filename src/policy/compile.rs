@@ -14,12 +14,14 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::model::{Direction, Labels, Name, Peer, Pod, Policy, Word};
+use super::model::{Direction, Labels, Name, Pod, Policy, Word};
 use super::peers::{Class, GroupId, GroupKey, Peers};
 use super::profile::Profile;
-use super::tables::{ClassId, Endpoint, Enforced, NOBODY, Open, ProfileId, Write};
+use super::tables::{CLOSED, ClassId, Endpoint, Enforced, NOBODY, Open, ProfileId, Tables, Verdict, Write};
+use crate::service::model::Protocol;
 
 struct Known {
+    uid: u64,
     ips: Box<[IpAddr]>,
     group: GroupId,
 }
@@ -37,8 +39,6 @@ pub struct Compiler {
     claims: HashMap<IpAddr, Vec<Name>>,
     peers: Peers,
     local: BTreeMap<Endpoint, Name>,
-    /// Of pods of this node, to select policies by.
-    local_pods: BTreeMap<Name, Pod>,
     stale: BTreeSet<Endpoint>,
 
     enforced: BTreeMap<Endpoint, Enforced>,
@@ -48,8 +48,21 @@ pub struct Compiler {
     fresh_profiles: BTreeSet<ProfileId>,
     fresh_classes: BTreeSet<ClassId>,
     rules: BTreeMap<(ProfileId, ClassId), Arc<[Open]>>,
+    dropped: BTreeMap<(ProfileId, ClassId), Arc<[Open]>>,
     addresses: HashMap<IpAddr, ClassId>,
     nets: BTreeMap<IpNet, ClassId>,
+}
+
+/// How much there is of everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    pub policies: usize,
+    pub rules: usize,
+    pub addresses: usize,
+    pub ranges: usize,
+    pub profiles: usize,
+    pub isolated: usize,
+    pub closed: usize,
 }
 
 impl Default for Compiler {
@@ -62,7 +75,6 @@ impl Default for Compiler {
             claims: HashMap::new(),
             peers: Peers::default(),
             local: BTreeMap::new(),
-            local_pods: BTreeMap::new(),
             stale: BTreeSet::new(),
             enforced: BTreeMap::new(),
             profiles: BTreeMap::new(),
@@ -70,6 +82,7 @@ impl Default for Compiler {
             fresh_profiles: BTreeSet::new(),
             fresh_classes: BTreeSet::new(),
             rules: BTreeMap::new(),
+            dropped: BTreeMap::new(),
             addresses: HashMap::new(),
             nets: BTreeMap::new(),
         }
@@ -93,17 +106,10 @@ impl Compiler {
     /// A pod anywhere in the cluster, as it is now.
     pub fn set_pod(&mut self, name: Name, pod: Option<Pod>) {
         let local = self.local.iter().filter(|(_, n)| **n == name).map(|(endpoint, _)| *endpoint);
-        let local: Vec<Endpoint> = local.collect();
-        if !local.is_empty() {
-            self.stale.extend(local);
-            match &pod {
-                Some(pod) => drop(self.local_pods.insert(name.clone(), pod.clone())),
-                None => drop(self.local_pods.remove(&name)),
-            }
-        }
+        self.stale.extend(local);
         let joined = pod.map(|pod| {
             let key = GroupKey { namespace: name.namespace.clone(), labels: pod.labels, ports: pod.ports };
-            (self.peers.join(key), pod.ips)
+            (self.peers.join(key), pod.ips, pod.uid)
         });
         if let Some(old) = self.pods.remove(&name) {
             for ip in &old.ips {
@@ -111,11 +117,11 @@ impl Compiler {
             }
             self.peers.leave(old.group);
         }
-        if let Some((group, ips)) = joined {
+        if let Some((group, ips, uid)) = joined {
             for ip in &ips {
                 self.claim(*ip, &name, group);
             }
-            self.pods.insert(name, Known { ips, group });
+            self.pods.insert(name, Known { uid, ips, group });
         }
     }
 
@@ -139,23 +145,37 @@ impl Compiler {
     }
 
     /// A pod of this node has this device, or none has.
-    pub fn set_endpoint(&mut self, endpoint: Endpoint, pod: Option<(Name, Pod)>) {
+    pub fn set_endpoint(&mut self, endpoint: Endpoint, pod: Option<Name>) {
         self.stale.insert(endpoint);
-        if let Some(before) = self.local.remove(&endpoint)
-            && !self.local.values().any(|name| *name == before)
-        {
-            self.local_pods.remove(&before);
-        }
-        if let Some((name, pod)) = pod {
-            self.local.insert(endpoint, name.clone());
-            self.local_pods.insert(name, pod);
+        match pod {
+            Some(name) => drop(self.local.insert(endpoint, name)),
+            None => drop(self.local.remove(&endpoint)),
         }
     }
 
+    /// The uid of a pod that is known.
+    pub fn uid(&self, pod: &Name) -> Option<u64> {
+        self.pods.get(pod).map(|known| known.uid)
+    }
+
+    fn policies_in(&self, namespace: &Word) -> impl Iterator<Item = (&Name, &Arc<Policy>)> {
+        let first = Name { namespace: namespace.clone(), name: "".into() };
+        self.policies.range(first..).take_while(move |(name, _)| name.namespace == *namespace)
+    }
+
+    /// A pod that is not known yet is closed where any policy of its namespace may
+    /// isolate it.
+    fn guarded(&self, namespace: &Word) -> Enforced {
+        let [ingress, egress] = Direction::BOTH.map(|direction| {
+            let isolates = self.policies_in(namespace).any(|(_, policy)| policy.rules(direction).is_some());
+            isolates.then_some(CLOSED)
+        });
+        Enforced { ingress, egress }
+    }
+
     /// The profiles that the pod has by now.
-    fn profiles_of(&self, name: &Name, pod: &Pod) -> [Option<Profile>; 2] {
-        let first = Name { namespace: name.namespace.clone(), name: "".into() };
-        let here = self.policies.range(first..).take_while(|(n, _)| n.namespace == name.namespace);
+    fn profiles_of(&self, pod: &GroupKey) -> [Option<Profile>; 2] {
+        let here = self.policies_in(&pod.namespace);
         let selecting: Vec<_> = here.filter(|(_, policy)| policy.selects.matches(&pod.labels)).collect();
         Direction::BOTH.map(|direction| {
             let rules =
@@ -169,14 +189,19 @@ impl Compiler {
     pub fn settle(&mut self) -> Vec<Write> {
         let mut writes = Vec::new();
         let mut gone = BTreeSet::new();
+        self.dropped.clear();
         let before: BTreeMap<Endpoint, Enforced> = std::mem::take(&mut self.stale)
             .into_iter()
             .map(|endpoint| (endpoint, self.enforced.remove(&endpoint).unwrap_or_default()))
             .collect();
         for endpoint in before.keys() {
-            let pod = self.local.get(endpoint).and_then(|name| Some((name, self.local_pods.get(name)?)));
-            let Some((name, pod)) = pod else { continue };
-            let profiles = self.profiles_of(name, pod);
+            let Some(name) = self.local.get(endpoint) else { continue };
+            let known = self.pods.get(name).and_then(|known| self.peers.group(known.group));
+            let Some(pod) = known else {
+                self.enforced.insert(*endpoint, self.guarded(&name.namespace));
+                continue;
+            };
+            let profiles = self.profiles_of(pod);
             let [ingress, egress] = profiles.map(|profile| profile.map(|profile| self.use_profile(profile)));
             self.enforced.insert(*endpoint, Enforced { ingress, egress });
         }
@@ -193,6 +218,85 @@ impl Compiler {
         self.reclass(&mut writes, &mut gone);
         self.sweep(&mut writes, &gone);
         writes
+    }
+
+    /// What the last [`Compiler::settle`] dropped of a pair.
+    pub fn dropped(&self, profile: ProfileId, class: ClassId) -> Option<Arc<[Open]>> {
+        self.dropped.get(&(profile, class)).cloned()
+    }
+
+    /// How a pod of this node is isolated, since the last [`Compiler::settle`].
+    pub fn enforced(&self, endpoint: Endpoint) -> Enforced {
+        self.enforced.get(&endpoint).copied().unwrap_or_default()
+    }
+
+    pub fn knows(&self, pod: &Name) -> bool {
+        self.pods.contains_key(pod)
+    }
+
+    /// Whose an address is.
+    pub fn owner(&self, ip: IpAddr) -> Option<&Name> {
+        self.claims.get(&ip)?.last()
+    }
+
+    pub fn endpoint_of(&self, pod: &Name) -> Option<Endpoint> {
+        self.local.iter().find(|(_, name)| *name == pod).map(|(endpoint, _)| *endpoint)
+    }
+
+    /// The policies that isolate a pod in this direction.
+    pub fn isolating(&self, pod: &Name, direction: Direction) -> Vec<&Name> {
+        let group = self.pods.get(pod).and_then(|known| self.peers.group(known.group));
+        let isolates = |policy: &Policy| {
+            policy.rules(direction).is_some() && group.is_none_or(|pod| policy.selects.matches(&pod.labels))
+        };
+        self.policies_in(&pod.namespace).filter(|(_, policy)| isolates(policy)).map(|(name, _)| name).collect()
+    }
+
+    /// As programs judge by what is in force.
+    pub fn judge(
+        &self,
+        endpoint: Endpoint,
+        direction: Direction,
+        peer: IpAddr,
+        protocol: Protocol,
+        port: u16,
+    ) -> Verdict {
+        let Some(profile) = self.enforced(endpoint).profile(direction) else { return Verdict::Open };
+        let longest = || {
+            let around = self.nets.iter().filter(|(net, _)| net.contains(&peer));
+            around.max_by_key(|(net, _)| net.prefix_len()).map(|(_, class)| *class)
+        };
+        let class = self.addresses.get(&peer).copied().or_else(longest).unwrap_or(NOBODY);
+        let open = self.rules.get(&(profile, class)).or_else(|| self.rules.get(&(profile, NOBODY)));
+        match open.and_then(|open| open.iter().find(|o| o.covers(protocol, port))) {
+            Some(open) => Verdict::Allowed(open.by.clone()),
+            None => Verdict::Denied,
+        }
+    }
+
+    pub fn sizes(&self) -> Sizes {
+        let isolated = self.enforced.values().filter(|how| **how != Enforced::default());
+        let closed = |how: &&Enforced| [how.ingress, how.egress].contains(&Some(CLOSED));
+        Sizes {
+            policies: self.policies.len(),
+            rules: self.rules.len(),
+            addresses: self.addresses.len(),
+            ranges: self.nets.len(),
+            profiles: self.profiles.len(),
+            isolated: isolated.clone().count(),
+            closed: isolated.filter(closed).count(),
+        }
+    }
+
+    /// All that is in force once every write has been made.
+    pub fn tables(&self) -> Tables {
+        let isolated = self.enforced.iter().filter(|(_, how)| **how != Enforced::default());
+        Tables {
+            rules: self.rules.clone(),
+            addresses: self.addresses.iter().map(|(ip, class)| (*ip, *class)).collect(),
+            nets: self.nets.clone(),
+            endpoints: isolated.map(|(endpoint, how)| (*endpoint, *how)).collect(),
+        }
     }
 
     fn use_profile(&mut self, profile: Profile) -> ProfileId {
@@ -313,23 +417,10 @@ impl Compiler {
             rules.extend(self.profiles.keys().map(|profile| (*profile, *class)));
         }
         for (profile, class) in rules {
-            if self.rules.remove(&(profile, class)).is_some() {
+            if let Some(open) = self.rules.remove(&(profile, class)) {
+                self.dropped.insert((profile, class), open);
                 writes.push(Write::Rule(profile, class, None));
             }
         }
-    }
-}
-
-/// A peer as the rule of a policy in `namespace` means it.
-pub(super) fn resolved(peer: &Peer, namespace: &Word) -> super::peers::PeerKey {
-    use super::peers::{PeerKey, Scope};
-    match peer {
-        Peer::Pods { namespaces: None, pods } => {
-            PeerKey::Pods { within: Scope::One(namespace.clone()), pods: pods.clone() }
-        }
-        Peer::Pods { namespaces: Some(selector), pods } => {
-            PeerKey::Pods { within: Scope::Selected(selector.clone()), pods: pods.clone() }
-        }
-        Peer::Block { net, except } => PeerKey::Block { net: *net, except: except.clone() },
     }
 }

@@ -108,6 +108,14 @@ pub fn labels(meta: &ObjectMeta, shared: &mut Shared) -> Result<Arc<Labels>, Ref
     Ok(shared.labels(Labels::new(words)))
 }
 
+/// The digest of a pod's uid.
+pub fn uid(text: &str) -> u64 {
+    use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
+}
+
 /// A pod that policies can speak of; `None` for one with the node's network and
 /// for one that has finished.
 pub fn pod(object: &core::Pod, shared: &mut Shared) -> Result<Option<Pod>, Refused> {
@@ -130,7 +138,8 @@ pub fn pod(object: &core::Pod, shared: &mut Shared) -> Result<Option<Pod>, Refus
     }
     let labels = labels(&object.metadata, shared)?;
     let ports = named_ports(spec, shared)?;
-    Ok(Some(Pod { ips: ips.into(), labels, ports }))
+    let uid = uid(object.metadata.uid.as_deref().unwrap_or_default());
+    Ok(Some(Pod { uid, ips: ips.into(), labels, ports }))
 }
 
 /// Of its containers, and of those that start first and stay (sidecars).

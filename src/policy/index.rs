@@ -30,10 +30,18 @@ pub enum Kind {
 
 impl Kind {
     pub const ALL: [Kind; 3] = [Kind::Policies, Kind::Pods, Kind::Namespaces];
+
+    pub fn words(self) -> &'static str {
+        match self {
+            Kind::Policies => "NetworkPolicies",
+            Kind::Pods => "pods",
+            Kind::Namespaces => "namespaces",
+        }
+    }
 }
 
 /// An object that cannot be; what was known of it stays in force.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Refusal {
     pub kind: Kind,
     pub uid: String,
@@ -231,6 +239,17 @@ impl Index {
             true => News { complete: true, ..std::mem::take(&mut inner.news) },
             false => News::default(),
         }
+    }
+
+    /// Kinds of which no full list has been seen.
+    pub fn missing(&self) -> Vec<Kind> {
+        let inner = self.inner.lock();
+        let complete = |kind: &Kind| match kind {
+            Kind::Policies => inner.policies.complete,
+            Kind::Pods => inner.pods.complete,
+            Kind::Namespaces => inner.namespaces.complete,
+        };
+        Kind::ALL.into_iter().filter(|kind| !complete(kind)).collect()
     }
 
     pub fn refusals(&self) -> Vec<(Name, Refusal)> {

@@ -73,6 +73,12 @@ impl Direction {
     pub const BOTH: [Direction; 2] = [Direction::Ingress, Direction::Egress];
 }
 
+impl std::fmt::Display for Direction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if *self == Direction::Ingress { "ingress" } else { "egress" })
+    }
+}
+
 /// Which pods of its namespace a policy isolates, and what it lets through.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
@@ -139,6 +145,8 @@ pub struct NamedPort {
 /// finished: neither has an address of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
+    /// A digest of its uid: a name may be used again.
+    pub uid: u64,
     pub ips: Box<[IpAddr]>,
     pub labels: Arc<Labels>,
     /// Sorted.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::model::{Labels, NamedPort, Selector, Test, Word};
+use super::model::{Labels, NamedPort, Peer, Selector, Test, Word};
 use super::tables::Namer;
 use crate::service::model::Protocol;
 
@@ -45,6 +45,19 @@ fn name_selector(namer: &mut Namer, selector: &Selector) {
 }
 
 impl PeerKey {
+    /// A peer as the rule of a policy in `namespace` means it.
+    pub fn of(peer: &Peer, namespace: &Word) -> Self {
+        match peer {
+            Peer::Pods { namespaces: None, pods } => {
+                PeerKey::Pods { within: Scope::One(namespace.clone()), pods: pods.clone() }
+            }
+            Peer::Pods { namespaces: Some(selector), pods } => {
+                PeerKey::Pods { within: Scope::Selected(selector.clone()), pods: pods.clone() }
+            }
+            Peer::Block { net, except } => PeerKey::Block { net: *net, except: except.clone() },
+        }
+    }
+
     pub fn id(&self) -> PeerId {
         let mut namer = Namer::new("peer");
         match self {
@@ -236,6 +249,11 @@ impl Peers {
             self.names.remove(name);
             self.touch_named(name);
         }
+    }
+
+    /// What is known of the pods of a group.
+    pub fn group(&self, id: GroupId) -> Option<&GroupKey> {
+        self.groups.get(&id).map(|group| &group.key)
     }
 
     fn touch_named(&mut self, name: &PortName) {

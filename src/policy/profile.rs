@@ -6,7 +6,6 @@
 
 use std::collections::BTreeSet;
 
-use super::compile::resolved;
 use super::model::{Direction, Name, NamedPort, Port, PortAt, Rule};
 use super::peers::{Class, PeerId, PeerKey, PortName};
 use super::tables::{Namer, Open, ProfileId, RuleName};
@@ -34,7 +33,7 @@ impl Profile {
         for (policy, all) in policies {
             for (number, rule) in all.iter().enumerate() {
                 let peer = |peer| {
-                    let key = resolved(peer, &policy.namespace);
+                    let key = PeerKey::of(peer, &policy.namespace);
                     (key.id(), key)
                 };
                 let ports = rule.ports.as_ref().map(|ports| match direction {
@@ -42,7 +41,11 @@ impl Profile {
                     Direction::Egress => ports.to_vec(),
                 });
                 rules.push(Applied {
-                    name: RuleName { policy: policy.clone(), number: u16::try_from(number).unwrap_or(u16::MAX) },
+                    name: RuleName {
+                        policy: policy.clone(),
+                        direction,
+                        number: u16::try_from(number).unwrap_or(u16::MAX),
+                    },
                     peers: rule.peers.as_ref().map(|peers| peers.iter().map(peer).collect()),
                     ports,
                 });

@@ -23,6 +23,7 @@ use crate::service::model::Protocol;
 pub type Endpoint = u32;
 pub type ClassId = u64;
 pub type ProfileId = u64;
+pub type RuleId = u64;
 
 /// The class of an address that no rule knows.
 pub const NOBODY: ClassId = 0;
@@ -46,17 +47,40 @@ impl Open {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RuleName {
     pub policy: Name,
+    pub direction: Direction,
     pub number: u16,
 }
 
+impl RuleName {
+    pub fn id(&self) -> RuleId {
+        let mut namer = Namer::new("rule");
+        namer.text(&self.policy.namespace);
+        namer.text(&self.policy.name);
+        namer.number(u64::from(self.direction == Direction::Egress) << 16 | u64::from(self.number));
+        namer.name()
+    }
+}
+
+impl std::fmt::Display for RuleName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}[{}]", self.policy, self.direction, self.number)
+    }
+}
+
+/// The profile of a pod of which it is not known yet how it is isolated: no rule
+/// opens anything.
+pub const CLOSED: ProfileId = fairway_ebpf_abi::PROFILE_CLOSED;
+
 /// How a pod is isolated. A direction without a profile is open.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Enforced {
     pub ingress: Option<ProfileId>,
     pub egress: Option<ProfileId>,
 }
 
 impl Enforced {
+    pub const CLOSED: Self = Self { ingress: Some(CLOSED), egress: Some(CLOSED) };
+
     pub fn profile(&self, direction: Direction) -> Option<ProfileId> {
         match direction {
             Direction::Ingress => self.ingress,

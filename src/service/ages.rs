@@ -9,7 +9,8 @@
 //! longest goes before its time.
 
 use fairway_ebpf_abi::{
-    Addr, FLOW_ANSWER, FLOW_ENDED, FLOW_FORWARD, FLOW_OUTSIDE, FLOW_REVERSE, Flow, FlowKey, HAIRPIN4, HAIRPIN6,
+    Addr, FLOW_ANSWER, FLOW_ENDED, FLOW_FORWARD, FLOW_JUDGED, FLOW_OUTSIDE, FLOW_REVERSE, Flow, FlowKey, HAIRPIN4,
+    HAIRPIN6,
 };
 
 pub const SECOND: u64 = 1_000_000_000;
@@ -31,8 +32,9 @@ const SCTP_IDLE: u64 = 210;
 /// Nothing is forgotten sooner, however short room is.
 const LEAST: u64 = 15;
 
-/// What goes with an entry: the other direction of its flow.
-pub fn partner(key: &FlowKey, flow: &Flow) -> FlowKey {
+/// What goes with an entry: the other direction of its flow. One that was judged
+/// serves both.
+pub fn partner(key: &FlowKey, flow: &Flow) -> Option<FlowKey> {
     let of = |src, dst, sport, dport, kind| FlowKey { src, dst, sport, dport, protocol: key.protocol, kind, _pad: 0 };
     // A pod that talks to itself is seen by itself as somebody else.
     let is_hairpin = |addr: &Addr| *addr == HAIRPIN4 || *addr == HAIRPIN6;
@@ -41,7 +43,8 @@ pub fn partner(key: &FlowKey, flow: &Flow) -> FlowKey {
         (true, true) => HAIRPIN4,
         (true, false) => HAIRPIN6,
     };
-    match key.kind {
+    Some(match key.kind {
+        FLOW_JUDGED => return None,
         FLOW_FORWARD => of(flow.addr, seen, flow.port, key.sport, FLOW_REVERSE),
         FLOW_OUTSIDE => of(flow.addr, flow.peer, flow.port, flow.peer_port, FLOW_ANSWER),
         FLOW_ANSWER => of(flow.peer, flow.addr, flow.peer_port, flow.port, FLOW_OUTSIDE),
@@ -49,7 +52,7 @@ pub fn partner(key: &FlowKey, flow: &Flow) -> FlowKey {
             let client = if is_hairpin(&key.dst) { key.src } else { key.dst };
             of(client, flow.addr, key.dport, flow.port, FLOW_FORWARD)
         }
-    }
+    })
 }
 
 /// Whether an entry is the one of its flow that is counted.
@@ -68,7 +71,8 @@ pub fn age(key: &FlowKey, flow: &Flow, partner: Option<&Flow>, squeeze: u8) -> u
         TCP if outside => return TCP_IDLE,
         TCP => TCP_IDLE,
         SCTP => SCTP_IDLE,
-        UDP if partner.is_some_and(|p| went_on(flow, p)) => UDP_STREAM,
+        // One entry does not tell how many packets have passed.
+        UDP if key.kind == FLOW_JUDGED || partner.is_some_and(|p| went_on(flow, p)) => UDP_STREAM,
         _ => UDP_ONCE,
     };
     (normal >> squeeze.min(32)).max(LEAST)
@@ -106,8 +110,8 @@ pub const ORPHANED: u64 = 3;
 
 /// Whether a flow leaves a backend that is gone: a datagram finds another one, a
 /// TCP connection ends where it was.
-pub fn leaves_its_backend(protocol: u8) -> bool {
-    protocol != TCP
+pub fn leaves_its_backend(key: &FlowKey) -> bool {
+    key.protocol != TCP && key.kind != FLOW_JUDGED
 }
 
 /// How room in a table is: what follows from it for the collection.
@@ -234,8 +238,8 @@ mod tests {
                 src: backend, dst: seen, sport: port, dport: sport, protocol, kind: FLOW_REVERSE, _pad: 0,
             };
             let from = Flow { addr: service, port: dport, ..Flow::default() };
-            prop_assert_eq!(partner(&forward, &to), reverse);
-            prop_assert_eq!(partner(&reverse, &from), forward);
+            prop_assert_eq!(partner(&forward, &to), Some(reverse));
+            prop_assert_eq!(partner(&reverse, &from), Some(forward));
         }
 
         #[test]
@@ -248,8 +252,8 @@ mod tests {
             let answer =
                 FlowKey { src: backend, dst: node, sport: port, dport: given, protocol, kind: FLOW_ANSWER, _pad: 0 };
             let back = Flow { addr: service, port: dport, peer: client, peer_port: sport, ..Flow::default() };
-            prop_assert_eq!(partner(&outside, &to), answer);
-            prop_assert_eq!(partner(&answer, &back), outside);
+            prop_assert_eq!(partner(&outside, &to), Some(answer));
+            prop_assert_eq!(partner(&answer, &back), Some(outside));
         }
 
         #[test]

@@ -10,8 +10,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 
 use fairway_ebpf_abi::{
-    EVENT_CHOSEN, EVENT_ERROR_TRANSLATED, EVENT_MOVED, EVENT_NO_PORT, EVENT_NOT_ADMITTED, EVENT_REFUSED, EVENT_SPOOFED,
-    EVENT_TABLE_FULL, EVENT_UNANSWERED, EVENT_UNWRITABLE, Flow, FlowKey, Sample,
+    EVENT_CHOSEN, EVENT_DENIED_EGRESS, EVENT_DENIED_INGRESS, EVENT_ERROR_TRANSLATED, EVENT_MALFORMED, EVENT_MOVED,
+    EVENT_NO_PORT, EVENT_NOT_ADMITTED, EVENT_REFUSED, EVENT_SPOOFED, EVENT_TABLE_FULL, EVENT_UNANSWERED,
+    EVENT_UNWRITABLE, Flow, FlowKey, Sample,
 };
 use serde::{Deserialize, Serialize};
 
@@ -66,7 +67,7 @@ pub struct EndedSockets {
 }
 
 /// As [`Tended::events`] names them.
-const EVENT_NAMES: [(u32, &str); 10] = [
+const EVENT_NAMES: [(u32, &str); 13] = [
     (EVENT_CHOSEN, "backend_chosen"),
     (EVENT_REFUSED, "refused"),
     (EVENT_NOT_ADMITTED, "not_admitted"),
@@ -77,6 +78,9 @@ const EVENT_NAMES: [(u32, &str); 10] = [
     (EVENT_UNANSWERED, "no_backend_on_this_node"),
     (EVENT_NO_PORT, "no_free_node_port"),
     (EVENT_SPOOFED, "spoofed_source"),
+    (EVENT_DENIED_INGRESS, "denied_ingress"),
+    (EVENT_DENIED_EGRESS, "denied_egress"),
+    (EVENT_MALFORMED, "malformed"),
 ];
 
 /// An event in one word.
@@ -226,7 +230,7 @@ impl Tender {
                 continue;
             }
             let silent = now.saturating_sub(flow.last_used);
-            let leaves = ages::leaves_its_backend(key.protocol) && silent >= ages::ORPHANED * ages::SECOND;
+            let leaves = ages::leaves_its_backend(&key) && silent >= ages::ORPHANED * ages::SECOND;
             if leaves && !self.lives(flow.backend)? {
                 self.tended.orphaned += 1;
                 ended.insert(key);
@@ -234,14 +238,15 @@ impl Tender {
             }
             if silent >= ages::least(key.protocol, squeeze) * ages::SECOND {
                 let other = ages::partner(&key, &flow);
-                let partner = self.tables.flow(&other)?;
+                let partner = match &other {
+                    Some(other) => self.tables.flow(other)?,
+                    None => None,
+                };
                 if ages::expired(now, &key, &flow, partner.as_ref(), squeeze) {
                     // Both in one look, whichever comes first.
                     self.tended.expired += 1 + u64::from(partner.is_some());
                     ended.insert(key);
-                    if partner.is_some() {
-                        ended.insert(other);
-                    }
+                    ended.extend(other.filter(|_| partner.is_some()));
                     continue;
                 }
             }

@@ -204,6 +204,7 @@ pub fn ports(model: &Shared) -> Ports {
         }),
         unwire: wire_port!(model, Unwire, m, x => { m.wired.remove(&x.lease.attachment); Ok(()) }),
         verify: wire_port!(model, Verify, m, _x => Ok(m.findings.clone())),
+        enforce: None,
         record_event: port::<RecordEvent>(
             model,
             |_| None,
@@ -310,7 +311,9 @@ pub fn about(event: &RecordEvent) -> String {
     match &event.about {
         About::Pod { key, .. } => key.to_string(),
         About::Node => "node".into(),
-        About::Service { name, .. } | About::EndpointSlice { name, .. } => name.to_string(),
+        About::Service { name, .. } | About::NetworkPolicy { name, .. } | About::EndpointSlice { name, .. } => {
+            name.to_string()
+        }
     }
 }
 

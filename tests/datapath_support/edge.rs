@@ -154,6 +154,7 @@ impl Edge {
                 gateway6: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1),
             }),
             cookie: Some(self.elsewhere.cookie()),
+            netns: None,
             per_packet: false,
             short: false,
             limited: false,

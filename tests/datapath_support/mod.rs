@@ -195,6 +195,7 @@ impl TestPod {
             eni: Some(1),
             node_link: None,
             cookie: Some(self.netns.cookie()),
+            netns: None,
             per_packet: false,
             short: true,
             limited: false,

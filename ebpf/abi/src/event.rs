@@ -30,7 +30,12 @@ pub const EVENT_UNANSWERED: u32 = 7;
 pub const EVENT_NO_PORT: u32 = 8;
 /// The source was not the pod's.
 pub const EVENT_SPOOFED: u32 = 9;
-pub const EVENT_COUNT: u32 = 10;
+/// A policy does not let it into the pod, or out of it.
+pub const EVENT_DENIED_INGRESS: u32 = 10;
+pub const EVENT_DENIED_EGRESS: u32 = 11;
+/// A pod has sent what cannot be read as a packet of its kind.
+pub const EVENT_MALFORMED: u32 = 12;
+pub const EVENT_COUNT: u32 = 13;
 
 /// The ring buffer's size in bytes: a power of two and whole pages of every size
 /// there is.

@@ -8,15 +8,17 @@
 
 mod event;
 mod pod;
+mod policy;
 mod service;
 
 pub use event::*;
 pub use pod::*;
+pub use policy::*;
 pub use service::*;
 
 /// Version of the map layouts; part of the pin directory's name. Raise it when
 /// a key, a value or a map's meaning changes.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// An IPv6 address, or an IPv4 one in its v4-mapped form.
 #[repr(C)]

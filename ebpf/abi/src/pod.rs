@@ -37,6 +37,9 @@ pub const POD_EGRESS: &str = "pod_egress";
 pub const POD_INGRESS: &str = "pod_ingress";
 /// Name of the program for packets that enter the node on a shared ENI.
 pub const ENI_INGRESS: &str = "eni_ingress";
+/// Name of the program for packets that enter a pod with an ENI of its own by its
+/// link to the node. What leaves it there meets [`NODE_INGRESS`].
+pub const LINK_EGRESS: &str = "link_egress";
 /// Names of the programs for packets that enter and leave the node on the ENI
 /// that its own addresses are on.
 pub const NODE_INGRESS: &str = "node_ingress";
@@ -57,6 +60,9 @@ pub struct Counters {
     pub egress_short: u64,
     /// Dropped: the source was not the pod's.
     pub spoofed: u64,
+    /// Dropped: no policy lets it in, or out.
+    pub denied_ingress: u64,
+    pub denied_egress: u64,
 }
 
 /// What is behind a pod's device, by its endpoint number.
@@ -65,6 +71,9 @@ pub struct Counters {
 pub struct Link {
     /// Cookie of the pod's network namespace; 0 when it is not known.
     pub cookie: u64,
+    /// Profiles ([`crate::RuleKey`]): how policies isolate the pod.
+    pub ingress: u64,
+    pub egress: u64,
     /// The pod's addresses; zero when it has none of the family.
     pub v4: Addr,
     pub v6: Addr,
@@ -81,6 +90,10 @@ pub struct Link {
     /// Of a pod with an ENI of its own: interface index, in the pod, of its link to
     /// the node; 0 when it is not known.
     pub node_link: u32,
+    /// Number of the pod's network namespace in the node's; negative when it is not
+    /// known.
+    pub netns: i32,
+    pub _pad: u32,
 }
 
 /// Packets may go straight out of the ENI and straight to pods of this node.
@@ -130,10 +143,13 @@ pub const POD_AWAY: u32 = 1 << 1;
 /// to it as well.
 pub const POD_ANSWERS: u32 = 1 << 2;
 
+/// Policies isolate it, in one direction at least.
+pub const POD_ISOLATED: u32 = 1 << 3;
+
 const _: () = {
     assert!(size_of::<Endpoint>() == 4);
-    assert!(size_of::<Counters>() == 7 * 8 && align_of::<Counters>() == 8);
-    assert!(size_of::<Link>() == 8 + 4 * 16 + 4 * 4 && align_of::<Link>() == 8);
+    assert!(size_of::<Counters>() == 9 * 8 && align_of::<Counters>() == 8);
+    assert!(size_of::<Link>() == 3 * 8 + 4 * 16 + 6 * 4 && align_of::<Link>() == 8);
     assert!(size_of::<Pod>() == 4 * 4 && align_of::<Pod>() == 4);
     assert!(size_of::<Uplink>() == 2 * 16 + 2 * 4 && align_of::<Uplink>() == 4);
 };

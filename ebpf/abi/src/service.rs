@@ -241,6 +241,13 @@ pub const FLOW_REVERSE: u8 = 1;
 /// found by what another pod has asked.
 pub const FLOW_OUTSIDE: u8 = 2;
 pub const FLOW_ANSWER: u8 = 3;
+/// A flow of an isolated pod that its policies allow, in both directions. `src` is
+/// the pod, whoever has begun; `backend` the generation of the tables by which it
+/// was judged; `peer` the client that the node hides from it, if there is one.
+pub const FLOW_JUDGED: u8 = 4;
+/// No flows: fragments of a packet that was let out of a pod, and into one.
+pub const LET_OUT: u8 = 5;
+pub const LET_IN: u8 = 6;
 
 /// The ports of the node that clients from outside get, of every protocol: below
 /// those that the kernel gives to the node's own processes and below those of
@@ -256,7 +263,7 @@ pub struct Flow {
     pub addr: Addr,
     /// Network byte order.
     pub port: u16,
-    /// `FLOW_ENDED_*`.
+    /// `FLOW_ENDED_*`, `FLOW_BY_OTHER`.
     pub flags: u16,
     pub backend: u32,
     /// Of a client from outside: whom the backend takes for it, and in the answer's
@@ -272,6 +279,8 @@ pub struct Flow {
 pub const FLOW_ENDED_CLIENT: u16 = 1;
 pub const FLOW_ENDED_BACKEND: u16 = 1 << 1;
 pub const FLOW_ENDED: u16 = FLOW_ENDED_CLIENT | FLOW_ENDED_BACKEND;
+/// Of [`FLOW_JUDGED`]: the other end has begun it.
+pub const FLOW_BY_OTHER: u16 = 1 << 2;
 
 const _: () = {
     assert!(size_of::<FrontendKey>() == 20 && align_of::<FrontendKey>() == 4);

@@ -110,6 +110,7 @@ impl Agent {
                 eni: Some(eni),
                 node_link: None,
                 cookie: pod.space.cookie()?,
+                netns: None,
                 per_packet: false,
                 short: true,
                 limited: false,
