@@ -11,7 +11,7 @@ mod facts;
 pub mod programs;
 mod ready;
 mod takeover;
-mod trace;
+pub mod trace;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -38,6 +38,7 @@ use crate::service::status::ServiceSnapshot;
 use crate::service::{self, ServiceMap};
 use programs::Programs;
 use takeover::TakeOver;
+use trace::Tracer;
 
 /// From SIGTERM to the end of the process.
 const SHUTDOWN: Duration = Duration::from_secs(5);
@@ -144,6 +145,7 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
             leader: facts.leader.clone(),
             record_event: cluster.port(),
             maps: policy_maps(programs),
+            memory: Some(config.state_dir.join("policies.json")),
             snapshots: policy_sender,
         };
         tree.child(move || PolicyCompiler::open(deps.clone()))
@@ -177,8 +179,11 @@ pub async fn run(config: Config) -> Result<(), AgentError> {
         service_views(&mut views, services, &service_figures);
     }
     if let Some(policies) = &policies {
-        views.queries.insert("policies", query(policies, || policy::PolicyStatus {}));
+        policy_views(&mut views, policies, &policy_figures);
     }
+    let tracer =
+        Tracer { services: services.as_ref().map(Handle::port), policies: policies.as_ref().map(Handle::port) };
+    views.queries.insert("trace", trace_query(tracer));
     let _: Handle<DebugHttp> = tree.child({
         let config = config.debug.clone();
         move || DebugHttp::bind(config.clone(), views.clone())
@@ -250,6 +255,9 @@ fn open_datapath(bpffs: &std::path::Path, config: &Config) -> Result<(Arc<Progra
         datapath.attach_sockets(&root)?;
     } else {
         datapath.detach_sockets()?;
+    }
+    if config.policies.enabled {
+        datapath.attach_guard(&cgroup_root(config.services.cgroup_root.as_deref())?)?;
     }
     tracing::info!(
         adopted = adoption.adopted.len(),
@@ -351,18 +359,25 @@ fn flow_tables(programs: Arc<Programs>) -> service::OpenFlows {
 
 fn service_views(views: &mut Views, services: &Handle<ServiceMap>, figures: &watch::Receiver<Arc<ServiceSnapshot>>) {
     views.queries.insert("services", query(services, || service::ServiceStatus {}));
-    let port = services.port::<service::Explain>();
-    let trace: Query = Arc::new(move |arguments, deadline| {
-        let port = port.clone();
-        Box::pin(async move {
-            let explanation = port.ask(trace::question(&arguments)?, deadline).await.map_err(|e| e.to_string())?;
-            serde_json::to_value(explanation).map_err(|e| e.to_string())
-        })
-    });
-    views.queries.insert("trace", trace);
     views.ready.push(ready::services(figures.clone()));
     let figures = figures.clone();
     views.metrics.push(Arc::new(move |registry| service::figures::collect(&figures.borrow(), registry)));
+}
+
+fn policy_views(views: &mut Views, policies: &Handle<PolicyCompiler>, figures: &watch::Receiver<Arc<PolicySnapshot>>) {
+    views.queries.insert("policies", query(policies, || policy::PolicyStatus {}));
+    let figures = figures.clone();
+    views.metrics.push(Arc::new(move |registry| policy::figures::collect(&figures.borrow(), registry)));
+}
+
+fn trace_query(tracer: Tracer) -> Query {
+    Arc::new(move |arguments, deadline| {
+        let tracer = tracer.clone();
+        Box::pin(async move {
+            let traced = tracer.trace(&arguments, deadline).await?;
+            serde_json::to_value(traced).map_err(|e| e.to_string())
+        })
+    })
 }
 
 /// A view that asks an actor.

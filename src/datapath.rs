@@ -291,7 +291,7 @@ impl Datapath {
     /// Tells the programs who the pod is. They are attached already.
     pub fn lead(&mut self, attachment: &AttachmentId, way: &Way) -> Result<(), DatapathError> {
         match self.known.get(attachment) {
-            Some(entry) => self.ways.set(entry.endpoint, way),
+            Some(entry) => self.ways.set(entry.endpoint, way, entry.place == Place::InPod),
             None => Ok(()),
         }
     }
@@ -319,6 +319,16 @@ impl Datapath {
     /// The other way round. Success when they are not there.
     pub fn detach_sockets(&mut self) -> Result<(), DatapathError> {
         sockets::detach(&self.pins)
+    }
+
+    /// Keeps pods from passing by programs inside them: one more program on the root of
+    /// the cgroup tree.
+    pub fn attach_guard(&mut self, root: &Path) -> Result<(), DatapathError> {
+        if let Some(held) = &mut self.held {
+            held.guard = Some(root.to_owned());
+            return Ok(());
+        }
+        sockets::attach_guard(&self.pins, &mut self.shared, root)
     }
 
     /// Some of those that were drops or refusals, in full, for their one reader.

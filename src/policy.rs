@@ -12,14 +12,16 @@
 //! - data: [`model`], [`convert`] (from the API), [`index`], [`tables`], [`maps`]
 //! - deciding, pure: [`compile`], from [`peers`] (who rules speak of) and
 //!   [`profile`] (what rules open); [`explain`]
-//! - doing: `desk`; told: [`status`]
+//! - doing: `desk`, `memory` (for a start without the API server); told: [`status`], [`figures`]
 
 pub mod compile;
 pub mod convert;
 mod desk;
 pub mod explain;
+pub mod figures;
 pub mod index;
 pub mod maps;
+pub mod memory;
 pub mod model;
 pub mod peers;
 pub mod profile;
@@ -27,6 +29,7 @@ pub mod status;
 pub mod tables;
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,9 +42,10 @@ use crate::cluster::{About, RecordEvent};
 use crate::model::{AttachmentId, PodKey};
 use crate::pool::Leases;
 use desk::{Desk, Standing};
-use explain::{Judgement, Question};
+use explain::{Judged, Question};
 use index::{Index, Kind, Refusal};
 use maps::PolicyMaps;
+use memory::Memory;
 use model::Name;
 use status::PolicySnapshot;
 
@@ -100,6 +104,8 @@ pub enum PolicyError {
     NotAttached(AttachmentId),
     #[error("policies cannot be put in force: {0}")]
     Refused(String),
+    #[error("the cluster has no pod {0} with an address of its own")]
+    NoSuchPod(Name),
     #[error("the policies of the cluster are not known yet: waiting for {0}")]
     NotYet(String),
 }
@@ -111,7 +117,7 @@ pub struct Judge {
 }
 impl Message for Judge {
     const NAME: &'static str = "Judge";
-    type Reply = Vec<Judgement>;
+    type Reply = Vec<Judged>;
     type Error = PolicyError;
 }
 
@@ -137,6 +143,8 @@ pub struct Deps {
     pub leader: watch::Receiver<bool>,
     pub record_event: Port<RecordEvent>,
     pub maps: OpenMaps,
+    /// Where it is remembered which namespaces have policies.
+    pub memory: Option<PathBuf>,
     /// For metrics and readiness; the newest counts.
     pub snapshots: watch::Sender<Arc<PolicySnapshot>>,
 }
@@ -165,8 +173,9 @@ pub struct PolicyCompiler {
 
 impl PolicyCompiler {
     pub async fn open(deps: Deps) -> Result<Self, StartError> {
-        let (open, index) = (deps.maps.clone(), deps.index.clone());
-        let worker = Worker::start("policies", 256, move || open().map(|maps| Desk::open(maps, index)));
+        let (open, index, memory) = (deps.maps.clone(), deps.index.clone(), deps.memory.clone());
+        let worker =
+            Worker::start("policies", 256, move || open().map(|maps| Desk::open(maps, index, Memory::open(memory))));
         let worker = worker.await.map_err(StartError::new)?;
         Ok(Self {
             deps,
@@ -408,7 +417,8 @@ impl Handles<Judge> for PolicyCompiler {
         }
         let work = self.worker.call(move |desk| desk.judge(&ask.question));
         ctx.spawn(work, |_, judged, ctx| match judged {
-            Ok(judged) => to.ok(judged),
+            Ok(Ok(judged)) => to.ok(judged),
+            Ok(Err(pod)) => to.fail(PolicyError::NoSuchPod(pod)),
             Err(WorkerGone::Full) => to.fail(PolicyError::Refused("the worker is busy; try again".to_owned())),
             Err(gone) => ctx.fail(gone.to_string()),
         });

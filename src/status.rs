@@ -1,6 +1,7 @@
 //! `fairway status` and `fairway trace`: the debug endpoint for a terminal.
 
 pub mod client;
+mod policy;
 mod services;
 pub mod trace;
 
@@ -40,11 +41,13 @@ pub enum Section {
     Cloud,
     /// Services: how many are carried, how full the maps are, what is wrong.
     Services,
+    /// NetworkPolicies: what is in force, how often each rule let somebody through.
+    Policy,
 }
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  fairway status\n  fairway status enis\n  fairway status addresses -o json\n  fairway status services\n  fairway status --audit       compare ledger, cloud, kernel and cluster by fresh reads"
+    after_help = "Examples:\n  fairway status\n  fairway status enis\n  fairway status addresses -o json\n  fairway status services\n  fairway status policy\n  fairway status --audit       compare ledger, cloud, kernel and cluster by fresh reads"
 )]
 pub struct Args {
     #[arg(value_enum, default_value_t)]
@@ -75,6 +78,7 @@ pub async fn run(args: &Args) -> Result<bool, StatusError> {
         Section::Actors => ("/debug/actors", |v| Ok(actors(v))),
         Section::Endpoints => ("/debug/endpoints", |v| Ok(generic(v))),
         Section::Cloud => ("/debug/cloud", |v| Ok(generic(v))),
+        Section::Policy => ("/debug/policies", |v| Ok(policy::table(&read("/debug/policies", v.clone())?))),
         Section::Services => ("/debug/services", |v| Ok(services::table(&read("/debug/services", v.clone())?))),
     };
     let answer = get(&endpoint, path).await?;

@@ -145,16 +145,22 @@ async fn a_late_or_silent_metadata_service_is_waited_for() {
     needs!("a_late_or_silent_metadata_service_is_waited_for");
     let lab = lab("fd", 1, |_| ()).await;
     let cloud = &lab.site.cloud;
-    cloud.add_fault(FaultSpec::from(Fault::MetadataLag { ms: 60_000 })).unwrap();
+    let late = || cloud.add_fault(FaultSpec::from(Fault::MetadataLag { ms: 60_000 })).unwrap();
+    late();
     let first = create(&lab, "a", 6);
     ready(&lab, &first).await;
     // Silent while the agent starts: it waits and says so.
-    cloud.add_fault(FaultSpec::from(Fault::MetadataDown { status: Some(503) }).seconds(7.0)).unwrap();
+    cloud.add_fault(FaultSpec::from(Fault::MetadataDown { status: Some(503) })).unwrap();
     lab.node(0).node.kill_agent().await.unwrap();
     let second = create(&lab, "b", 2);
+    lab.until("the agent to say what it waits for", Duration::from_secs(60), async || {
+        let log = std::fs::read_to_string(&lab.node(0).node.dirs().agent_log).unwrap();
+        if log.contains("metadata service") { Ok(()) } else { Err("it does not".to_owned()) }
+    })
+    .await;
+    cloud.clear_faults();
+    late();
     ready(&lab, &second).await;
-    let log = std::fs::read_to_string(&lab.node(0).node.dirs().agent_log).unwrap();
-    assert!(log.contains("metadata service"), "{}", lab.last_words());
     cloud.clear_faults();
     all_ask_all(&ready(&lab, &[first, second].concat()).await).await.unwrap();
     lab.settled().await;

@@ -6,10 +6,15 @@ mod policy_support {
     pub mod matrix;
 }
 
-use std::time::Duration;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use e2e_support::{Lab, lab, missing, skip};
-use policy_support::matrix::{Case, Matrix, clear, settled};
+use fairway::lab::vpc::ns::Netns;
+use fairway::lab::workload::client::Ask;
+use policy_support::matrix::{Case, Matrix, clear, pod, running, settled};
+use serde_json::json;
 
 async fn large(letter: &str) -> Lab {
     lab(letter, 2, |config| {
@@ -18,6 +23,16 @@ async fn large(letter: &str) -> Lab {
         }
     })
     .await
+}
+
+/// As [`large`], with agents that come back half a second after they are killed.
+async fn restarting(letter: &str) -> Lab {
+    let lab = large(letter).await;
+    for node in 0..2 {
+        lab.start_agent(node, &[], Some(Duration::from_millis(500))).await;
+        lab.agent_ready(node).await;
+    }
+    lab
 }
 
 /// Every case of the table, one after the other.
@@ -63,5 +78,131 @@ async fn every_case_of_the_documentation_holds_for_pods_with_enis_of_their_own()
     }
     let lab = large("px").await;
     every_case(&lab, true).await;
+    lab.down().await;
+}
+
+/// Asks all the time what may never be answered, from a pod's namespace.
+async fn forbidden(from: &Netns, to: IpAddr, over: &AtomicBool, asked: &AtomicU64) -> Result<(), String> {
+    while !over.load(Ordering::Relaxed) {
+        let at = SocketAddr::new(to, 80);
+        let within = Duration::from_millis(50);
+        let (tcp, udp) = tokio::join!(Ask::new(at).within(within).tcp(from), Ask::new(at).within(within).udp(from));
+        for (how, said) in [("tcp", tcp), ("udp", udp)] {
+            if let Ok(answer) = said {
+                return Err(format!("{how} to {at} was let through: {answer:?}"));
+            }
+        }
+        asked.fetch_add(2, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// Until it is answered; how long that took.
+async fn allowed(lab: &Lab, what: &str, from: &Netns, to: IpAddr) -> Duration {
+    let began = Instant::now();
+    lab.until(what, Duration::from_secs(15), async || {
+        let at = SocketAddr::new(to, 80);
+        let within = Duration::from_millis(300);
+        Ask::new(at).within(within).tcp(from).await.map_err(|e| format!("tcp: {e}"))?;
+        Ask::new(at).within(within).udp(from).await.map_err(|e| format!("udp: {e}"))?;
+        Ok(())
+    })
+    .await;
+    began.elapsed()
+}
+
+/// `x/a` is open to `app: b` of its own namespace alone, whatever happens.
+async fn under_churn(lab: &Lab, exclusive: bool) {
+    let mut matrix = Matrix::up(lab, exclusive).await;
+    let policy = |name: &str, peer: serde_json::Value| {
+        json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+            "metadata": {"namespace": "x", "name": name},
+            "spec": {"podSelector": {"matchLabels": {"app": "a"}}, "ingress": [{"from": [peer]}]},
+        })
+    };
+    lab.kube().apply(policy("own", json!({"podSelector": {"matchLabels": {"app": "b"}}}))).unwrap();
+    settled(lab, 1).await;
+    let (over, asked) = (AtomicBool::new(false), AtomicU64::new(0));
+    let to = matrix.pods["x/a"].1;
+    let (stranger, other) = (matrix.pods["y/b"].0.clone(), matrix.pods["x/c"].0.clone());
+    allowed(lab, "x/b to reach x/a", &matrix.pods["x/b"].0.clone(), to).await;
+    let churn = async {
+        let home = lab.node(1).name.clone();
+        for round in 0..4 {
+            // The friend comes back with another address.
+            lab.kube().delete("Pod", "x", "b").unwrap();
+            lab.until("x/b to be gone", Duration::from_secs(30), async || match lab.kube().get("Pod", "x", "b") {
+                None => Ok(()),
+                Some(_) => Err("it is there".to_owned()),
+            })
+            .await;
+            lab.kube().apply(pod("x", "b", &home, exclusive)).unwrap();
+            let (friend, ip) = running(lab, "x", "b").await;
+            let took = allowed(lab, "the friend's new address to be let in", &friend, to).await;
+            println!("round {round}: a new address was let in after {took:?}");
+            matrix.pods.insert("x/b".to_owned(), (friend, ip));
+            // A label that does not fit, and one that does.
+            for (label, fits) in [("z", false), ("b", true)] {
+                let mut made = pod("x", "b", &home, exclusive);
+                made["metadata"]["labels"]["app"] = json!(label);
+                lab.kube().apply(made).unwrap();
+                let friend = matrix.pods["x/b"].0.clone();
+                if fits {
+                    allowed(lab, "the label that fits to count", &friend, to).await;
+                } else {
+                    lab.until("the label that does not fit to count", Duration::from_secs(10), async || {
+                        let at = SocketAddr::new(to, 80);
+                        match Ask::new(at).within(Duration::from_millis(200)).tcp(&friend).await {
+                            Err(_) => Ok(()),
+                            Ok(_) => Err("still let in".to_owned()),
+                        }
+                    })
+                    .await;
+                }
+            }
+            // Policies come and go that let others in, but never those two.
+            for flap in 0..3 {
+                lab.kube().apply(policy("more", json!({"ipBlock": {"cidr": format!("192.0.2.{flap}/32")}}))).unwrap();
+                lab.kube().apply(policy("also", json!({"namespaceSelector": {"matchLabels": {"team": "z"}}}))).unwrap();
+                tokio::time::sleep(Duration::from_millis(30)).await;
+                lab.kube().delete("NetworkPolicy", "x", "more").unwrap();
+                lab.kube().delete("NetworkPolicy", "x", "also").unwrap();
+            }
+            // And the agents die, each in its turn.
+            lab.node(round % 2).node.kill_agent().await.unwrap();
+            let friend = matrix.pods["x/b"].0.clone();
+            allowed(lab, "the friend, with the agent away", &friend, to).await;
+            lab.agent_ready(round % 2).await;
+            settled(lab, 1).await;
+            let took = allowed(lab, "the friend, after a restart", &friend, to).await;
+            println!("round {round}: after a restart it took {took:?}");
+        }
+        over.store(true, Ordering::Relaxed);
+        Ok(())
+    };
+    let done = tokio::try_join!(forbidden(&stranger, to, &over, &asked), forbidden(&other, to, &over, &asked), churn);
+    done.unwrap();
+    println!("{} forbidden questions, none answered", asked.load(Ordering::Relaxed));
+    assert!(asked.load(Ordering::Relaxed) > 100);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_forbidden_passes_while_pods_policies_and_agents_come_and_go() {
+    if let Some(missing) = missing() {
+        return skip("nothing_forbidden_passes_while_pods_policies_and_agents_come_and_go", missing);
+    }
+    let lab = restarting("pc").await;
+    under_churn(&lab, false).await;
+    lab.down().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nor_does_it_where_pods_have_enis_of_their_own() {
+    if let Some(missing) = missing() {
+        return skip("nor_does_it_where_pods_have_enis_of_their_own", missing);
+    }
+    let lab = restarting("pd").await;
+    under_churn(&lab, true).await;
     lab.down().await;
 }

@@ -22,7 +22,7 @@ fn fairway(lab: &Lab, node: usize, args: &[&str]) -> (bool, String) {
 }
 
 async fn trace(lab: &Lab, node: usize, from: &str, to: &str) -> Result<Value, String> {
-    lab.view(node, &format!("/debug/trace?from={from}&to={to}")).await
+    Ok(lab.view(node, &format!("/debug/trace?from={from}&to={to}")).await?["service"].clone())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -155,7 +155,7 @@ async fn an_upgrade_under_load_costs_no_connection_and_no_flow() {
     let ask = ns(&lab.ready("ask").await);
     let at = lab.serve_web();
     lab.until("all backends in the maps", Duration::from_secs(20), async || {
-        let explained = lab.view(0, &format!("/debug/trace?from=node&to={at}")).await?;
+        let explained = lab.view(0, &format!("/debug/trace?from=node&to={at}")).await?["service"].clone();
         let chosen = explained["backends"].as_array().map_or(0, |b| b.iter().filter(|b| !b["slot"].is_null()).count());
         if chosen == 3 { Ok(()) } else { Err(explained.to_string()) }
     })

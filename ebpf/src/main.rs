@@ -13,6 +13,7 @@ mod account;
 mod errors;
 mod event;
 mod flow;
+mod guard;
 mod masquerade;
 mod outside;
 mod packet;

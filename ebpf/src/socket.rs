@@ -99,8 +99,14 @@ fn set6(ctx: &SockAddrContext, to: Peer) {
 fn namespace(ctx: &SockAddrContext) -> Option<(u32, u64)> {
     // SAFETY: the context is valid.
     let cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    flags_of(cookie).map(|flags| (flags, cookie))
+}
+
+/// `NETNS_*` of a namespace of this node.
+#[inline(always)]
+pub fn flags_of(cookie: u64) -> Option<u32> {
     // SAFETY: entries are replaced whole and not preallocated.
-    unsafe { NAMESPACES.get(&cookie) }.map(|flags| (*flags, cookie))
+    unsafe { NAMESPACES.get(&cookie) }.copied()
 }
 
 #[inline(always)]

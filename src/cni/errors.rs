@@ -70,7 +70,7 @@ impl ToCni for PolicyError {
     fn code(&self) -> u32 {
         match self {
             PolicyError::NotAttached(_) => code::WIRING_FAILED,
-            PolicyError::Refused(_) | PolicyError::NotYet(_) => code::TRY_AGAIN,
+            PolicyError::Refused(_) | PolicyError::NotYet(_) | PolicyError::NoSuchPod(_) => code::TRY_AGAIN,
         }
     }
     fn away(&self) -> bool {

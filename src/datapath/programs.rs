@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use aya::maps::{Map, MapError, MapInfo, MapType, PerCpuArray, PerCpuHashMap};
-use aya::programs::{CgroupSockAddr, ProgramError, SchedClassifier};
+use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use fairway_ebpf_abi::{
     AFFINITIES, Addr, Affinity, AffinityKey, BACKENDS, Backend, CLASS_NETS, CLASSES, COUNTERS, Counters, ENDPOINT,
@@ -264,13 +264,18 @@ impl Programs {
 
     /// A program of the socket path, loaded.
     pub(super) fn socket_door(&mut self, name: &str) -> Result<BorrowedFd<'_>, DatapathError> {
-        let program = self.object.program_mut(name).ok_or(ProgramError::NotLoaded);
-        let program: &mut CgroupSockAddr =
-            program.and_then(|p| p.try_into()).map_err(|e: ProgramError| refusal(name, &e))?;
+        let fail = |e: ProgramError| refusal(name, &e);
+        let program = self.object.program_mut(name).ok_or(ProgramError::NotLoaded).map_err(fail)?;
         if program.fd().is_err() {
-            program.load().map_err(|e| refusal(name, &e))?;
+            match program {
+                Program::CgroupSockAddr(program) => program.load(),
+                Program::CgroupSockopt(program) => program.load(),
+                _ => Err(ProgramError::UnexpectedProgramType),
+            }
+            .map_err(fail)?;
         }
-        program.fd().map(AsFd::as_fd).map_err(|e| refusal(name, &e))
+        let program = self.object.program(name).ok_or(ProgramError::NotLoaded).map_err(fail)?;
+        program.fd().map(AsFd::as_fd).map_err(fail)
     }
 
     fn named(&mut self, name: &str) -> Result<&mut SchedClassifier, DatapathError> {

@@ -54,13 +54,29 @@ fn mounts(mountinfo: &str) -> Vec<PathBuf> {
     mountinfo.lines().filter_map(point).collect()
 }
 
+/// Where pods set options of their sockets.
+pub(super) const GUARD: (&str, CgroupHook) = ("sock_setsockopt", CgroupHook::Setsockopt);
+
 /// Attaches this build's programs, or swaps them in where earlier ones are.
 pub(super) fn attach(pins: &Pins, programs: &mut Programs, root: &Path) -> Result<(), DatapathError> {
+    attach_all(pins, programs, root, &DOORS)
+}
+
+pub(super) fn attach_guard(pins: &Pins, programs: &mut Programs, root: &Path) -> Result<(), DatapathError> {
+    attach_all(pins, programs, root, &[GUARD])
+}
+
+fn attach_all(
+    pins: &Pins,
+    programs: &mut Programs,
+    root: &Path,
+    doors: &[(&str, CgroupHook)],
+) -> Result<(), DatapathError> {
     let fail = |cause: io::Error| DatapathError::Cgroup { path: Some(root.to_owned()), cause: cause.to_string() };
     let dir = pins.sockets().map_err(fail)?;
     let cgroup = File::open(root).map_err(fail)?;
     let id = cgroup.metadata().map_err(fail)?.ino();
-    for (name, hook) in DOORS {
+    for (name, hook) in doors.iter().copied() {
         let program = programs.socket_door(name)?;
         let pin = dir.join(name);
         let there = match bpf::open_pinned(&pin) {
@@ -95,7 +111,7 @@ pub(super) fn attached(pins: &Pins) -> Vec<&'static str> {
 pub(super) fn detach(pins: &Pins) -> Result<(), DatapathError> {
     let fail = |cause: io::Error| DatapathError::Cgroup { path: None, cause: cause.to_string() };
     let dir = pins.sockets().map_err(fail)?;
-    for (name, _) in DOORS {
+    for (name, _) in DOORS.into_iter().chain([GUARD]) {
         let pin = dir.join(name);
         if let Ok(link) = bpf::open_pinned(&pin) {
             let _ = bpf::link_detach(link.as_fd());

@@ -25,6 +25,7 @@ pub(super) struct Held {
     pub earlier: BTreeSet<AttachmentId>,
     /// The root of the cgroup tree, once asked for.
     pub sockets: Option<PathBuf>,
+    pub guard: Option<PathBuf>,
     /// What was asked for meanwhile: ENIs, links of pods with an ENI of their own,
     /// and which device is the node's own.
     pub enis: BTreeSet<u32>,
@@ -38,6 +39,7 @@ impl Held {
             upgrade,
             earlier: BTreeSet::new(),
             sockets: None,
+            guard: None,
             enis: BTreeSet::new(),
             links: BTreeSet::new(),
             uplink: None,
@@ -87,6 +89,9 @@ impl Datapath {
         }
         if let Some(root) = &held.sockets {
             sockets::attach(&self.pins, &mut self.shared, root)?;
+        }
+        if let Some(root) = &held.guard {
+            sockets::attach_guard(&self.pins, &mut self.shared, root)?;
         }
         if let Some(uplink) = held.uplink {
             self.set_uplink(uplink)?;

@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::maps::{HashMap, MapData, MapError};
 use fairway_ebpf_abi::{
-    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE, POD_ANSWERS,
-    POD_AWAY, POD_ISOLATED, POD_SHORT, PODS, PROFILE_OPEN, Pod, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
+    Addr, Endpoint, LINK_SHORT, LINKS, Link, NAMESPACES, NETNS_GUARDED, NETNS_NODE, NETNS_PER_PACKET, NETNS_POD, NODE,
+    POD_ANSWERS, POD_AWAY, POD_ISOLATED, POD_SHORT, PODS, PROFILE_OPEN, Pod, TRANSLATED_ANSWERS, TRANSLATED_REQUESTS,
 };
 
 use super::DatapathError;
@@ -78,7 +78,8 @@ impl Ways {
         self.begun_anew = false;
     }
 
-    pub(super) fn set(&mut self, endpoint: Endpoint, way: &Way) -> Result<(), DatapathError> {
+    /// `guarded`: the pod's programs are inside it.
+    pub(super) fn set(&mut self, endpoint: Endpoint, way: &Way, guarded: bool) -> Result<(), DatapathError> {
         let addr = |ip: Option<Ipv6Addr>| ip.map_or(Addr::default(), |ip| IpAddr::V6(ip).into());
         let mut link = Link {
             v4: IpAddr::V4(way.v4).into(),
@@ -124,7 +125,8 @@ impl Ways {
         }
         self.links.insert(endpoint, link, 0).map_err(DatapathError::Ways)?;
         if let Some(cookie) = way.cookie {
-            let flags = NETNS_POD | if way.per_packet { NETNS_PER_PACKET } else { 0 };
+            let flag = |on, flag| if on { flag } else { 0 };
+            let flags = NETNS_POD | flag(way.per_packet, NETNS_PER_PACKET) | flag(guarded, NETNS_GUARDED);
             self.namespaces.insert(cookie, flags, 0).map_err(DatapathError::Ways)?;
         }
         let (ifindex, flags) = match (way.eni, way.node_link) {

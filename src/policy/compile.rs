@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::memory::{Guarded, Known as KnownPolicies};
 use super::model::{Direction, Labels, Name, Pod, Policy, Word};
 use super::peers::{Class, GroupId, GroupKey, Peers};
 use super::profile::Profile;
@@ -166,11 +167,18 @@ impl Compiler {
     /// A pod that is not known yet is closed where any policy of its namespace may
     /// isolate it.
     fn guarded(&self, namespace: &Word) -> Enforced {
-        let [ingress, egress] = Direction::BOTH.map(|direction| {
-            let isolates = self.policies_in(namespace).any(|(_, policy)| policy.rules(direction).is_some());
-            isolates.then_some(CLOSED)
-        });
-        Enforced { ingress, egress }
+        let mut guarded = Guarded::default();
+        self.policies_in(namespace).for_each(|(_, policy)| guarded.add(policy));
+        guarded.closed()
+    }
+
+    /// The same of every namespace.
+    pub fn guarded_namespaces(&self) -> KnownPolicies {
+        let mut namespaces: BTreeMap<String, Guarded> = BTreeMap::new();
+        for (name, policy) in &self.policies {
+            namespaces.entry(name.namespace.to_string()).or_default().add(policy);
+        }
+        KnownPolicies { namespaces }
     }
 
     /// The profiles that the pod has by now.
@@ -232,6 +240,10 @@ impl Compiler {
 
     pub fn knows(&self, pod: &Name) -> bool {
         self.pods.contains_key(pod)
+    }
+
+    pub fn ips(&self, pod: &Name) -> &[IpAddr] {
+        self.pods.get(pod).map_or(&[], |known| &known.ips)
     }
 
     /// Whose an address is.

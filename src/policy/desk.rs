@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::compile::Compiler;
-use super::explain::{Judgement, Question};
+use super::explain::{Judged, Question};
 use super::index::Index;
 use super::maps::{Change, PolicyMaps, blocks_of};
+use super::memory::Memory;
 use super::model::Name;
 use super::tables::{Endpoint, Enforced, RuleId, RuleName, Write};
 use crate::model::AttachmentId;
@@ -22,6 +23,7 @@ use crate::model::AttachmentId;
 pub(super) struct Desk {
     maps: Box<dyn PolicyMaps>,
     index: Index,
+    memory: Memory,
     compiler: Compiler,
     /// Whose device it is.
     attachments: BTreeMap<Endpoint, AttachmentId>,
@@ -64,10 +66,11 @@ pub struct Settled {
 }
 
 impl Desk {
-    pub fn open(maps: Box<dyn PolicyMaps>, index: Index) -> Self {
+    pub fn open(maps: Box<dyn PolicyMaps>, index: Index, memory: Memory) -> Self {
         Self {
             maps,
             index,
+            memory,
             compiler: Compiler::default(),
             attachments: BTreeMap::new(),
             expected: BTreeMap::new(),
@@ -102,6 +105,7 @@ impl Desk {
     }
 
     fn take_news(&mut self) {
+        let was_complete = self.complete;
         let news = self.index.take();
         self.complete |= news.complete;
         for (name, labels) in news.namespaces {
@@ -110,8 +114,12 @@ impl Desk {
         for (name, pod) in news.pods {
             self.compiler.set_pod(name, pod);
         }
+        let others = !news.policies.is_empty() || news.complete && !was_complete;
         for (name, policy) in news.policies {
             self.compiler.set_policy(name, policy);
+        }
+        if self.complete && others {
+            self.memory.put(self.compiler.guarded_namespaces());
         }
     }
 
@@ -262,13 +270,13 @@ impl Desk {
     }
 
     /// Whatever is known by now: a pod that is not is closed where a policy may be
-    /// meant for it, and everywhere while policies are not known.
+    /// meant for it, as its namespace had policies while they are not known.
     pub fn enforce_now(&mut self, attachment: &AttachmentId, pod: &Name) -> Result<Standing, String> {
         let Some(endpoint) = self.maps.endpoint(attachment)? else { return Ok(Standing::Missing) };
         self.expected.remove(attachment);
         self.place(endpoint, attachment.clone(), pod.clone());
         if self.settle()?.is_none() {
-            let how = Enforced::CLOSED;
+            let how = self.memory.closed(&pod.namespace);
             return Ok(self.maps.enforce(attachment, how)?.map_or(Standing::Missing, |_| Standing::Enforced(how)));
         }
         Ok(Standing::Enforced(self.compiler.enforced(endpoint)))
@@ -321,7 +329,7 @@ impl Desk {
         Ok(named)
     }
 
-    pub fn judge(&self, question: &Question) -> Vec<Judgement> {
+    pub fn judge(&self, question: &Question) -> Result<Vec<Judged>, Name> {
         super::explain::judge(&self.compiler, question)
     }
 }

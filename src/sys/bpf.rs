@@ -39,18 +39,20 @@ pub enum CgroupHook {
     Sendmsg6 = 15,
     Recvmsg4 = 19,
     Recvmsg6 = 20,
+    Setsockopt = 22,
     Getpeername4 = 29,
     Getpeername6 = 30,
 }
 
 impl CgroupHook {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Connect4,
         Self::Connect6,
         Self::Sendmsg4,
         Self::Sendmsg6,
         Self::Recvmsg4,
         Self::Recvmsg6,
+        Self::Setsockopt,
         Self::Getpeername4,
         Self::Getpeername6,
     ];

@@ -171,6 +171,8 @@ pub const NETNS_NODE: u32 = 1;
 pub const NETNS_POD: u32 = 1 << 1;
 /// Connections are not resolved at the socket, but packet by packet.
 pub const NETNS_PER_PACKET: u32 = 1 << 2;
+/// Policies are enforced inside it: it may not pass by its own device's programs.
+pub const NETNS_GUARDED: u32 = 1 << 3;
 
 /// What a socket talked to, before it was translated.
 #[repr(C)]
