@@ -5,7 +5,7 @@ SHELL := /bin/sh
 # rustup's tools, also under sudo.
 export PATH := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin:$(PATH):/usr/sbin:/sbin
 # All comparisons, or one: make bench SUITE=cni
-SUITE ?= cni network services
+SUITE ?= cni network services policy
 
 .PHONY: help setup demo test lint bench fuzz clean
 

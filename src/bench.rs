@@ -6,6 +6,7 @@
 
 pub mod cni;
 pub mod network;
+pub mod policy;
 pub mod services;
 pub mod stats;
 
@@ -24,6 +25,7 @@ use crate::lab::vpc::name::LabId;
   fairway bench services --quick                      # a first look, two minutes
   fairway bench services --services 1,1000 --metrics tcp_crr,udp_rr
   fairway bench services                              # about twenty minutes
+  fairway bench policy
   fairway bench                                       # all")]
 pub struct Args {
     /// Which comparisons to run; all when none is named.
@@ -50,6 +52,8 @@ pub enum Suite {
     Network,
     /// Services beside kube-proxy's iptables and nftables rules.
     Services,
+    /// NetworkPolicies: their cost to traffic and to the agent.
+    Policy,
 }
 
 impl Suite {
@@ -58,6 +62,7 @@ impl Suite {
             Suite::Cni => "cni",
             Suite::Network => "network",
             Suite::Services => "services",
+            Suite::Policy => "policy",
         }
     }
 }
@@ -89,6 +94,7 @@ pub async fn run(args: Args) -> anyhow::Result<bool> {
                 Suite::Cni => cni::measure(&plan).await,
                 Suite::Network => network::measure(&plan).await,
                 Suite::Services => services::measure(&plan).await,
+                Suite::Policy => policy::measure(&plan).await,
             }
         };
         let rows = tokio::select! {

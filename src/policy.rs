@@ -12,11 +12,11 @@
 //! - data: [`model`], [`convert`] (from the API), [`index`], [`tables`], [`maps`]
 //! - deciding, pure: [`compile`], from [`peers`] (who rules speak of) and
 //!   [`profile`] (what rules open); [`explain`]
-//! - doing: `desk`, `memory` (for a start without the API server); told: [`status`], [`figures`]
+//! - doing: [`desk`], [`memory`] (for a start without the API server); told: [`status`], [`figures`]
 
 pub mod compile;
 pub mod convert;
-mod desk;
+pub mod desk;
 pub mod explain;
 pub mod figures;
 pub mod index;

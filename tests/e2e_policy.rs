@@ -111,6 +111,42 @@ async fn allowed(lab: &Lab, what: &str, from: &Netns, to: IpAddr) -> Duration {
     began.elapsed()
 }
 
+fn fairway(lab: &Lab, args: &[&str]) -> (bool, String) {
+    let socket = lab.node(0).debug_socket();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_fairway"));
+    let out = command.args(args).arg("--endpoint").arg(&socket).output().unwrap();
+    (out.status.success(), String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
+}
+
+/// The node of `x/a` says why, by address and by name, and how often.
+async fn explained(lab: &Lab, to: IpAddr, stranger: &Netns) {
+    for (from, to, allowed, why) in [
+        ("x/b", format!("{to}:80"), true, "let through by x/own ingress[0]"),
+        ("x/b", "x/a:80/udp".to_owned(), true, "let through by x/own ingress[0]"),
+        ("y/b", format!("{to}:80"), false, "no rule of these policies opens TCP 80 to"),
+        ("y/b", "x/a:80".to_owned(), false, "x/own"),
+        ("node", "x/a:80".to_owned(), true, "the node always reaches its own pods"),
+        ("x/a", "y/b:80".to_owned(), true, "no policy isolates the pod in this direction"),
+    ] {
+        let (passes, text) = fairway(lab, &["trace", from, &to]);
+        assert!(passes == allowed && text.contains(why), "{from} to {to}: {passes}\n{text}");
+    }
+    let (_, text) = fairway(lab, &["trace", "x/b", "x/nobody:80"]);
+    assert!(text.contains("no pod x/nobody"), "{text}");
+    let (_, text) = fairway(lab, &["status", "policy"]);
+    for words in ["1 policies", "x/own ingress[0]", "FLOWS LET THROUGH"] {
+        assert!(text.contains(words), "{words} is not in\n{text}");
+    }
+    // Denials are told with both ends.
+    lab.until("a denial to be told", Duration::from_secs(10), async || {
+        let asked = Ask::new(SocketAddr::new(to, 80)).within(Duration::from_millis(100)).tcp(stranger).await;
+        assert!(asked.is_err());
+        let (_, text) = fairway(lab, &["status", "services"]);
+        if text.contains("denied ingress") { Ok(()) } else { Err(text) }
+    })
+    .await;
+}
+
 /// `x/a` is open to `app: b` of its own namespace alone, whatever happens.
 async fn under_churn(lab: &Lab, exclusive: bool) {
     let mut matrix = Matrix::up(lab, exclusive).await;
@@ -127,6 +163,7 @@ async fn under_churn(lab: &Lab, exclusive: bool) {
     let to = matrix.pods["x/a"].1;
     let (stranger, other) = (matrix.pods["y/b"].0.clone(), matrix.pods["x/c"].0.clone());
     allowed(lab, "x/b to reach x/a", &matrix.pods["x/b"].0.clone(), to).await;
+    explained(lab, to, &stranger).await;
     let churn = async {
         let home = lab.node(1).name.clone();
         for round in 0..4 {

@@ -66,6 +66,23 @@ const SUITES: &[Suite] = &[
         ],
     },
     Suite {
+        name: "policy_packets",
+        programs: &["ip"],
+        modules: &["veth", "sch_ingress", "cls_bpf"],
+        without: &[],
+        only: &["a_connection_that_is_there_is_judged_as_its_beginning_would_be", "fragments_follow_their_first_one"],
+    },
+    Suite {
+        name: "policy_outside",
+        programs: &["ip"],
+        modules: &["veth", "sch_ingress", "cls_bpf"],
+        without: &[],
+        only: &[
+            "the_link_to_the_node_is_no_way_round_a_pods_policies",
+            "packet_sockets_cannot_skip_programs_inside_a_pod",
+        ],
+    },
+    Suite {
         name: "datapath_pods",
         programs: &["ip", "tc"],
         modules: &["veth", "sch_ingress", "cls_bpf"],

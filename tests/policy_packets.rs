@@ -193,7 +193,7 @@ fn who_is_let_in_is_heard_and_answered_and_nobody_else() {
                 let same = families(pod).into_iter().find(|ip| ip.is_ipv4() == at.is_ipv4()).unwrap();
                 let client = udp(pod, (same, 4000).into());
                 assert_eq!(arrives(&client, &own, b"q"), heard);
-                assert_eq!(arrives(&own, &client, b"a"), true, "egress is open");
+                assert!(arrives(&own, &client, b"a"), "egress is open");
                 assert!(!arrives(&client, &wrong, b"q"), "another port");
                 // What the pod has begun is answered.
                 assert!(arrives(&client, &own, b"a"));

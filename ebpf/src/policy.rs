@@ -114,7 +114,8 @@ fn malformed(ctx: &TcContext) -> bool {
 fn judge(ctx: &TcContext, link: &Link, way: u32) -> bool {
     // Seen from the pod its namespace has no number, and needs none.
     let netns = if account::is_in_pod() { CURRENT } else { link.netns };
-    policy_judge(ctx.skb.skb, link.ingress, link.egress, netns, way) == PASS
+    // One after the other: all that call each other share one stack.
+    policy_judge(ctx.skb.skb, link.ingress, link.egress, netns, way) == PASS || policy_related(ctx.skb.skb, way) == PASS
 }
 
 /// `BPF_F_CURRENT_NETNS`; seen from the node the same number says that the pod's is
@@ -157,8 +158,6 @@ pub extern "C" fn policy_judge(skb: *mut __sk_buff, ingress: u64, egress: u64, n
             }
             return PASS;
         }
-    } else if is_related(ctx, packet, way, scratch) {
-        return PASS;
     }
     let by_other = match known {
         true => scratch.found.flags & FLOW_BY_OTHER != 0,
@@ -200,17 +199,22 @@ fn is_neighbour_talk(ctx: &TcContext, packet: &Packet) -> bool {
     matches!(ctx.load::<u8>(packet.transport), Ok(130..=137 | 143))
 }
 
-/// An error about a flow that is allowed (RFC 792, RFC 4443), as it was judged.
-#[inline(always)]
-fn is_related(ctx: &TcContext, packet: &Packet, way: u32, scratch: &mut Scratch) -> bool {
-    let Some(quoted) = Quoted::of(ctx, packet) else { return false };
+/// An error about a flow that is allowed (RFC 792, RFC 4443), as it was judged. What
+/// no rule lets through may be one.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn policy_related(skb: *mut __sk_buff, way: u32) -> i32 {
+    let ctx = &TcContext::new(skb);
+    let Some(packet) = &Packet::parse(ctx) else { return DENY };
+    let Some(quoted) = Quoted::of(ctx, packet) else { return DENY };
+    let Some(scratch) = flow::scratch() else { return DENY };
     // What is told to the pod is about a packet of its own.
     let (src, dst, sport, dport) = match way {
         IN => (quoted.src, quoted.dst, quoted.sport, quoted.dport),
         _ => (quoted.dst, quoted.src, quoted.dport, quoted.sport),
     };
     scratch.reverse = FlowKey { src, dst, sport, dport, protocol: quoted.protocol, kind: FLOW_JUDGED, _pad: 0 };
-    table::is_there(&scratch.reverse)
+    if table::is_there(&scratch.reverse) { PASS } else { DENY }
 }
 
 #[inline(always)]

@@ -19,7 +19,7 @@ const MOST_BACKENDS: usize = 16;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Traced {
-    /// Absent where this agent carries no Services.
+    /// Absent where this agent carries no Services, and for a client of another node.
     pub service: Option<Explanation>,
     /// What policies say of each place where the connection may go. Absent where this
     /// agent enforces none.
@@ -57,7 +57,12 @@ impl Tracer {
         let service = match &self.services {
             Some(port) => {
                 let ask = Explain { client: from.clone(), to: at, protocol };
-                Some(port.ask(ask, deadline).await.map_err(|e: AskError<ExplainError>| e.to_string())?)
+                match port.ask(ask, deadline).await {
+                    Ok(explanation) => Some(explanation),
+                    // Of another node: that one leads its connections to Services.
+                    Err(AskError::Domain(ExplainError::NoSuchPod(_))) if self.policies.is_some() => None,
+                    Err(e) => return Err(e.to_string()),
+                }
             }
             None => None,
         };

@@ -8,12 +8,12 @@
 //! - showing: [`show`], [`plot`]
 
 mod control;
-mod fairway;
+pub(super) mod fairway;
 mod fleet;
 mod kube_proxy;
 mod memory;
 mod objects;
-mod place;
+pub(super) mod place;
 pub mod plot;
 mod rounds;
 pub mod show;
@@ -137,15 +137,19 @@ pub async fn measure(plan: &Plan) -> anyhow::Result<Vec<Row>> {
     }))
 }
 
-type Work = fn(&Task, &dyn Fn(&str)) -> anyhow::Result<Vec<Sample>>;
+type Work<T> = fn(&T, &dyn Fn(&str)) -> anyhow::Result<Vec<Sample>>;
 
 /// On a thread that takes namespaces and is not to serve anybody else. Whoever
 /// does not wait any more does not stop it; it ends with the process.
-async fn on_a_thread(plan: &Plan, task: &Task, work: Work) -> anyhow::Result<Vec<Sample>> {
+pub(super) async fn on_a_thread<T: Clone + Send + 'static>(
+    plan: &Plan,
+    task: &T,
+    work: Work<T>,
+) -> anyhow::Result<Vec<Sample>> {
     let (say, mut said) = tokio::sync::mpsc::unbounded_channel::<String>();
     let (tell, told) = tokio::sync::oneshot::channel();
     let task = task.clone();
-    std::thread::Builder::new().name("bench-services".into()).spawn(move || {
+    std::thread::Builder::new().name("bench".into()).spawn(move || {
         let samples = work(&task, &|what| drop(say.send(what.to_owned())));
         drop(say);
         drop(tell.send(samples));

@@ -16,6 +16,9 @@ use super::programs::{Loader, Programs};
 pub(super) struct Ahead {
     taken: BTreeMap<Endpoint, Weak<()>>,
     ready: Vec<Loaded>,
+    /// Making one reads the kernel's own types, megabytes of them: none is thrown
+    /// away. There are as many as have been at work at once.
+    loaders: Vec<Loader>,
 }
 
 /// To be run without the datapath.
@@ -30,12 +33,13 @@ pub struct Loaded {
     endpoint: Endpoint,
     _taken: Arc<()>,
     programs: Programs,
+    loader: Option<Loader>,
 }
 
 impl Load {
     pub fn run(mut self) -> Result<Loaded, DatapathError> {
         let programs = self.loader.load(self.endpoint)?;
-        Ok(Loaded { endpoint: self.endpoint, _taken: self.taken, programs })
+        Ok(Loaded { endpoint: self.endpoint, _taken: self.taken, programs, loader: Some(self.loader) })
     }
 }
 
@@ -58,10 +62,12 @@ impl Ahead {
         self.taken.retain(|_, taken| taken.strong_count() > 0);
         let taken = Arc::new(());
         self.taken.insert(endpoint, Arc::downgrade(&taken));
-        Load { endpoint, taken, loader: Loader::new(pins) }
+        let loader = self.loaders.pop().unwrap_or_else(|| Loader::new(pins));
+        Load { endpoint, taken, loader }
     }
 
-    pub(super) fn put(&mut self, loaded: Loaded) {
+    pub(super) fn put(&mut self, mut loaded: Loaded) {
+        self.loaders.extend(loaded.loader.take());
         self.ready.push(loaded);
     }
 

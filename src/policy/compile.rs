@@ -166,7 +166,7 @@ impl Compiler {
 
     /// A pod that is not known yet is closed where any policy of its namespace may
     /// isolate it.
-    fn guarded(&self, namespace: &Word) -> Enforced {
+    pub fn guarded(&self, namespace: &Word) -> Enforced {
         let mut guarded = Guarded::default();
         self.policies_in(namespace).for_each(|(_, policy)| guarded.add(policy));
         guarded.closed()

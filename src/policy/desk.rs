@@ -20,7 +20,7 @@ use super::model::Name;
 use super::tables::{Endpoint, Enforced, RuleId, RuleName, Write};
 use crate::model::AttachmentId;
 
-pub(super) struct Desk {
+pub struct Desk {
     maps: Box<dyn PolicyMaps>,
     index: Index,
     memory: Memory,
@@ -39,7 +39,7 @@ pub(super) struct Desk {
 
 /// How a pod stands when it has been asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub enum Standing {
     /// Its policies are in force.
     Enforced(Enforced),
     /// The cluster, or this pod, has not been seen yet.
@@ -263,7 +263,9 @@ impl Desk {
     pub fn try_enforce(&mut self, attachment: &AttachmentId, pod: &Name, uid: Option<u64>) -> Result<Standing, String> {
         self.take_news();
         let known = self.compiler.uid(pod);
-        if !self.complete || known.is_none() || uid.is_some_and(|uid| known != Some(uid)) {
+        let shown = known.is_some() && uid.is_none_or(|uid| known == Some(uid));
+        // Where there is no policy nothing about the pod matters.
+        if !self.complete || !shown && self.compiler.guarded(&pod.namespace) != Enforced::default() {
             return Ok(Standing::Unknown);
         }
         self.enforce_now(attachment, pod)
@@ -318,6 +320,12 @@ impl Desk {
             isolated: sizes.isolated,
             closed: sizes.closed,
         }
+    }
+
+    /// How a pod of this node is isolated.
+    pub fn isolation(&self, attachment: &AttachmentId) -> Option<Enforced> {
+        let (endpoint, _) = self.attachments.iter().find(|(_, id)| *id == attachment)?;
+        Some(self.compiler.enforced(*endpoint))
     }
 
     /// How often each rule has let somebody in or out.

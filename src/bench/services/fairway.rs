@@ -73,6 +73,11 @@ impl Fairway {
         place.near.space.run(|| Ok(switch()?))
     }
 
+    /// What is attached on both nodes.
+    pub fn agents(&mut self) -> [&mut Datapath; 2] {
+        [&mut self.near.datapath, &mut self.far.datapath]
+    }
+
     /// Flows that the packet path has given a backend.
     pub fn translated(&self) -> anyhow::Result<u64> {
         Ok(self.near.datapath.service_events()?[fairway_ebpf_abi::EVENT_CHOSEN as usize])
