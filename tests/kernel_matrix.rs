@@ -124,7 +124,7 @@ const SUITES: &[Suite] = &[
 ];
 
 /// Seconds for one test in the guest.
-const TEST_LIMIT: u64 = 120;
+const TEST_LIMIT: u64 = 240;
 /// For the whole machine, on a machine that does something else as well.
 const LIMIT: Duration = Duration::from_secs(840);
 
